@@ -1,0 +1,111 @@
+"""Where a record comes from: code, environment, machine. No user or host names: reviews are double-blind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tree_digest(paths: list[Path]) -> str:
+    lines = [f"{sha256(path)}  {path.relative_to(ROOT).as_posix()}\n" for path in sorted(paths)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def identity(figure: Path, testbed: Path, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal for two runs to be joined: hashes of code, locks, figure, testbed and of further inputs.
+
+    Not the commit: a change of documentation does not make old measurements unlike.
+    """
+    package = ROOT / "experiments"
+    return {
+        "experiments": _tree_digest([*package.glob("*.py"), *package.glob("models/*.json")]),
+        "locks": _tree_digest(list((ROOT / "docker").glob("*.lock"))),
+        "figure": sha256(figure),
+        "testbed": sha256(testbed),
+        **inputs,
+    }
+
+
+def short(identity: Mapping[str, str]) -> str:
+    """Eight hex digits that name an identity."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def commit() -> dict[str, Any]:
+    """The commit and whether the tree differs from it; in an image, where there is no history, what was passed in."""
+    if value := os.environ.get("ARTIFACT_COMMIT"):
+        return {"commit": value.removesuffix("-dirty"), "modified": value.endswith("-dirty")}
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return {"commit": None, "modified": None}
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {"commit": head.stdout.strip() or None, "modified": bool(status.stdout.strip())}
+
+
+def packages() -> dict[str, str]:
+    """Installed distributions and their versions."""
+    found = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
+    return dict(sorted(found.items()))
+
+
+def gpus() -> list[dict[str, Any]]:
+    """GPUs as nvidia-smi lists them: name, memory in MiB, driver version; empty where there is no nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3]
+    return [{"name": row[0], "memory_mib": int(row[1]), "used_mib": int(row[2]), "driver": row[3]} for row in rows]
+
+
+@cache
+def cpu_model() -> str:
+    """The CPU as the system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The hardware and system a session runs on; memory in GiB. Its `type` is what replicates of a point must share."""
+    cards = gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cpu = f"{cpu_model()} x {cores}"
+    return {
+        "type": f"{cards[0]['name']} x {len(cards)}" if cards else cpu,
+        "cpu": cpu_model(),
+        "cores": cores,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [card["name"] for card in cards],
+        "driver": cards[0]["driver"] if cards else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "image": os.environ.get("ARTIFACT_IMAGE") or None,
+    }

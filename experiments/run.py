@@ -1,0 +1,190 @@
+"""Command line: run a figure on a testbed, resume it, seal it; show its plan; check the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments import doctor
+from experiments.provenance import ROOT, commit, identity, packages
+from experiments.session import TrialResult
+from experiments.spec import FIGURES, TESTBEDS, Figure, Session, SpecError, Testbed, expand, load_figure
+from experiments.store import Run, to_json
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def spec_path(name: str, folder: Path) -> Path:
+    """The file behind a figure's or testbed's name."""
+    return Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+
+
+class Plan:
+    """A figure on a testbed, with what is done and what is owed."""
+
+    def __init__(self, figure_name: str, testbed_name: str, replicates: int | None, out: Path) -> None:
+        self.figure: Figure = load_figure(figure_name)
+        self.testbed: Testbed
+        self.testbed, self.reason = doctor.choose_testbed(testbed_name, out)
+        self.sessions: list[Session] = expand(self.figure, self.testbed, replicates)
+        self.figure_path = spec_path(figure_name, FIGURES)
+        named = testbed_name if testbed_name != "auto" else self.testbed.testbed
+        self.testbed_path = spec_path(named, TESTBEDS)
+        self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", identity(self.figure_path, self.testbed_path, {}))
+
+    def owed(self) -> dict[str, list[str]]:
+        """Session -> trials that are not there yet."""
+        done = self.run.complete()
+        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in self.sessions}
+        return {name: trials for name, trials in missing.items() if trials}
+
+    def seconds(self, owed: dict[str, list[str]]) -> float:
+        """Rough duration of what is owed, one session after the other."""
+        return sum(s.estimate_s * len(owed[s.name]) / len(s.trials) for s in self.sessions if s.name in owed)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as data: what the run will be, for people's scripts and for the bag."""
+        return {
+            "figure": self.figure.figure,
+            "title": self.figure.title,
+            "testbed": self.testbed.testbed,
+            "testbed_title": self.testbed.title,
+            "platform": self.testbed.platform,
+            "scale": self.testbed.scale,
+            "identity": self.run.identity,
+            "commit": commit(),
+            "sessions": {s.name: [t.name for t in s.trials] for s in self.sessions},
+            "not_run": [p.model for p in self.figure.panels if p.model not in self.testbed.models],
+        }
+
+    def __str__(self) -> str:
+        owed = self.owed()
+        trials = sum(len(s.trials) for s in self.sessions)
+        per_model = Counter(s.model for s in self.sessions)
+        lines = [
+            f"figure    {self.figure.figure}: {self.figure.title}",
+            f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
+            *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in per_model.items()),
+            *(f"model     {model}: not on this testbed" for model in self.describe()["not_run"]),
+            f"trials    {trials} in all, {sum(map(len, owed.values()))} to run",
+            f"estimate  {self.seconds(owed) / 60:.1f} min of compute, {trials * 0.05:.1f} MB of disk; nothing to attend to",
+            f"outputs   {self.run.folder}",
+        ]
+        return "\n".join(lines)
+
+
+def progress_bar() -> Progress:
+    """A bar with remaining time on a terminal; plain lines are printed instead where there is none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def execute(plan: Plan) -> int:
+    """Run what is owed and seal the run. 0 complete, 1 something is missing."""
+    with plan.run.locked():
+        owed = plan.owed()
+        total = sum(map(len, owed.values()))
+        failed: dict[str, str] = {}
+        if not owed and not plan.run.open.exists():
+            console.print(f"complete already: {', '.join(str(bag) for bag in plan.run.bags())}; nothing to do")
+            return 0
+        if owed:
+            failed = _run_owed(plan, owed, total)
+        for name, reason in failed.items():
+            console.print(f"missing: {name}: {reason}")
+        if failed:
+            console.print("the run is incomplete; the same command runs what is missing")
+            return 1
+        console.print(f"sealed {_seal(plan)}")
+    return 0
+
+
+def _run_owed(plan: Plan, owed: dict[str, list[str]], total: int) -> dict[str, str]:
+    from experiments.cluster import run_sessions
+
+    began, done = time.monotonic(), 0
+    with progress_bar() as progress:
+        task = progress.add_task(plan.figure.figure, total=total)
+
+        def store(result: TrialResult) -> None:
+            nonlocal done
+            plan.run.write_trial(result.session, result.trial, result.facts, result.record)
+            done += 1
+            progress.update(task, advance=1, description=f"{result.session} {result.trial}")
+            if not console.is_terminal:
+                left = (time.monotonic() - began) / done * (total - done)
+                console.print(f"[{done}/{total}] {result.session} {result.trial}, about {left / 60:.1f} min left")
+
+        return run_sessions(plan.sessions, owed, store)
+
+
+def _seal(plan: Plan) -> str:
+    from experiments.crate import describe_run
+
+    trials = sorted(plan.run.open.glob("trials/*/*"))
+    facts = [json.loads((path / "trial.json").read_text()) for path in trials]
+    files = [path.relative_to(plan.run.open).as_posix() for trial in trials for path in sorted(trial.iterdir())]
+    described = plan.describe()
+    documents = {
+        "plan.json": to_json(described),
+        "figure.yaml": plan.figure_path.read_text(),
+        "testbed.yaml": plan.testbed_path.read_text(),
+        "packages.json": to_json(packages()),
+        "settings.json": to_json({session.name: asdict(session.engine) for session in plan.sessions}),
+    }
+    if facts:
+        times = [stamp for fact in facts for stamp in (fact["started"], fact["ended"])]
+        listed = [*files, "packages.json", "plan.json", "settings.json"]
+        documents["ro-crate-metadata.json"] = describe_run(described, listed, times, facts[0]["engine"])
+    info = {
+        "Bagging-Date": datetime.now(UTC).date().isoformat(),
+        "External-Description": f"{plan.figure.title}; {plan.testbed.title}",
+        "External-Identifier": f"{plan.figure.figure}-{plan.testbed.testbed}-{plan.run.id}",
+    }
+    bag = plan.run.seal(documents, info)
+    return str(bag or plan.run.bags()[-1])
+
+
+def _terminated(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 complete, 1 incomplete, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__)
+    parser.add_argument("figure", help="a figure's name or YAML file, or 'doctor'")
+    parser.add_argument("--testbed", default="auto")
+    parser.add_argument("--replicates", type=int)
+    parser.add_argument("--out", type=Path, default=ROOT / "artifacts" / "runs")
+    parser.add_argument("--plan", action="store_true", help="print what would be run; start nothing")
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        if options.figure == "doctor":
+            console.print(doctor.report(options.out))
+            return 0
+        plan = Plan(options.figure, options.testbed, options.replicates, options.out)
+        console.print(str(plan))
+        return 0 if options.plan else execute(plan)
+    except SpecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished trials are kept, the same command resumes", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

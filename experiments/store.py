@@ -1,0 +1,175 @@
+"""Trial and run directories. A trial appears whole or not at all; a finished run is sealed as a BagIt bag.
+
+RUNS/fig9a-cpu/open-<identity>/trials/<session>/<trial>/   trials of a run in progress
+RUNS/fig9a-cpu/bag-<identity>-1/                           a sealed run; more replicates make bag-...-2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.engine import RECORD_FORMAT, Record
+from experiments.provenance import sha256, short
+from experiments.spec import SpecError
+
+MANIFEST = "manifest-sha256.txt"
+FILES = ("requests.csv", "steps.parquet", "tokens.parquet", "trial.json")
+
+
+def to_json(data: object) -> str:
+    """The project's one way to write JSON: sorted, indented, a newline at the end, no NaN."""
+    return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+class Run:
+    """The directory of one figure on one testbed, for one identity of code and inputs."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.identity = dict(identity)
+        self.id = short(identity)
+        self.open = folder / f"open-{self.id}"
+
+    def bags(self) -> list[Path]:
+        """Sealed bags of this identity, oldest first."""
+        found = self.folder.glob(f"bag-{self.id}-*")
+        return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the lock goes with the process, however that ends. Raises SpecError if it is held."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise SpecError(f"OUT: {self.folder}: {error.strerror}; a folder that can be written is needed") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise SpecError(f"{self.folder}: another run is writing here; wait for it, or choose another OUT") from None
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def complete(self) -> set[tuple[str, str]]:
+        """(session, trial) of every trial already there, sealed or not; what is damaged is set aside and does not count."""
+        done = {(path.parent.name, path.name) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
+        for path in sorted(self.open.glob("trials/*/*")):
+            if trial_is_whole(path):
+                done.add((path.parent.name, path.name))
+            else:
+                path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=self.open)) / path.name)
+        return done
+
+    def write_trial(self, session: str, trial: str, facts: Mapping[str, Any], record: Record) -> Path:
+        """Store a trial atomically: files, then manifest, then the rename that makes it count."""
+        self.open.mkdir(parents=True, exist_ok=True)
+        for stale in self.open.glob(".trial-*"):  # of a driver that was killed while writing; we hold the lock
+            shutil.rmtree(stale)
+        target = self.open / "trials" / session / trial
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".trial-", dir=self.open))
+        contents = {
+            "requests.csv": record.requests.to_csv(index=False).encode(),
+            "steps.parquet": _parquet(record.steps),
+            "tokens.parquet": _parquet(record.tokens),
+            "trial.json": to_json({"format": RECORD_FORMAT, "session": session, "trial": trial, **facts}).encode(),
+        }
+        for name, data in contents.items():
+            _write(temporary / name, data)
+        _write(temporary / MANIFEST, _manifest({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}))
+        temporary.chmod(0o755)
+        _sync_folder(temporary)
+        temporary.rename(target)
+        _sync_folder(target.parent)
+        return target
+
+    def seal(self, documents: Mapping[str, str], info: Mapping[str, str]) -> Path | None:
+        """Seal the open trials as a bag and return it; None if there are none. `documents`: further payload, name -> text."""
+        import bagit
+
+        trials = sorted(self.open.glob("trials/*/*"))
+        sealed = {(path.parent.name, path.name) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
+        trials = [path for path in trials if (path.parent.name, path.name) not in sealed]
+        if trials:
+            temporary = self.folder / f".seal-{self.id}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            for path in trials:
+                shutil.copytree(path, temporary / "trials" / path.parent.name / path.name, copy_function=_link_or_copy)
+            for name, text in documents.items():
+                _write(temporary / name, text.encode())
+            bagit.make_bag(str(temporary), dict(info), checksums=["sha256"])
+            numbers = [int(bag.name.rsplit("-", 1)[1]) for bag in self.bags()]
+            temporary.rename(self.folder / f"bag-{self.id}-{max(numbers, default=0) + 1}")
+            _sync_folder(self.folder)
+        shutil.rmtree(self.open, ignore_errors=True)
+        return self.bags()[-1] if trials else None
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _manifest(digests: Mapping[str, str]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+
+
+def trial_is_whole(path: Path) -> bool:
+    """Whether a trial directory holds exactly the files of its manifest, unchanged to the byte."""
+    try:
+        manifest = _manifest({name: sha256(path / name) for name in FILES})
+        return (path / MANIFEST).read_bytes() == manifest and len(list(path.iterdir())) == len(FILES) + 1
+    except OSError:
+        return False
+
+
+def read_trial(path: Path) -> tuple[dict[str, Any], Record]:
+    """Facts and record of a trial directory. Raises SpecError if it was written in another format."""
+    facts = json.loads((path / "trial.json").read_text())
+    if facts.get("format") != RECORD_FORMAT:
+        raise SpecError(f"{path}: record format {facts.get('format')!r}; this version reads format {RECORD_FORMAT}")
+    record = Record(
+        requests=pd.read_csv(path / "requests.csv"),
+        steps=pd.read_parquet(path / "steps.parquet"),
+        tokens=pd.read_parquet(path / "tokens.parquet"),
+        truncated=bool(facts["truncated"]),
+    )
+    return facts, record

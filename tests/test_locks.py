@@ -1,0 +1,42 @@
+"""The locks hold what pyproject.toml asks for, each with hashes, the same version everywhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+NOT_LOCKED = {"torchvision", "torchaudio", "torchcodec"}  # vllm names them; text models need none of them
+
+
+def locked(name: str) -> dict[str, set[str]]:
+    text = (Path(__file__).parents[1] / "docker" / f"{name}.lock").read_text()
+    entries = re.findall(r"^([a-z0-9._-]+)==(\S+)(.*?)(?=^[a-z]|\Z)", text, re.M | re.S)
+    versions: dict[str, set[str]] = {}
+    for package, version, rest in entries:
+        assert "--hash=sha256:" in rest, f"{name}: {package} has no hash"
+        versions.setdefault(package, set()).add(version)
+    return versions
+
+
+@pytest.mark.parametrize(("lock", "extras"), [("core", []), ("cpu", ["cpu"]), ("dev", ["cpu", "dev"])])
+def test_lock_satisfies_pyproject(lock: str, extras: list[str]) -> None:
+    wanted = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    versions = locked(lock) | (locked("torch-cpu") if extras else {})
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.lower().replace("_", "-")
+        assert name in versions, f"{lock}.lock lacks {name}: make lock"
+        assert all(requirement.specifier.contains(Version(v)) for v in versions[name]), f"{lock}.lock: {name}: make lock"
+
+
+def test_the_same_version_in_every_lock() -> None:
+    dev = locked("dev")
+    for lock in ("core", "cpu"):
+        for package, versions in locked(lock).items():
+            assert versions == dev[package], f"{package} differs between {lock}.lock and dev.lock: make lock"
+            assert package not in NOT_LOCKED
