@@ -1,0 +1,158 @@
+"""Sealed runs -> tidy tables. Complete bags only; unlike runs are never mixed, and the error names what differs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.engine import Record
+from experiments.metrics import prefill_seconds
+from experiments.provenance import ROOT
+from experiments.spec import REPEAT, SpecError
+from experiments.store import read_trial
+
+REFERENCE = ROOT / "artifacts" / "reference"
+MUST_MATCH = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", "machine.type", "machine.image")
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial: where it lies, its facts (trial.json) and its record."""
+
+    path: Path
+    facts: dict[str, Any]
+    record: Record
+
+    @property
+    def repeat(self) -> bool:
+        """Whether this is the first trial of its session run again at the end."""
+        return str(self.facts["trial"]).endswith(REPEAT)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One figure on one testbed: the bags that were joined, their plan, all their trials."""
+
+    figure: str
+    testbed: str
+    bags: tuple[Path, ...]
+    plan: dict[str, Any]
+    trials: tuple[TrialRecord, ...] = field(repr=False)
+    aside: tuple[str, ...] = ()  # other runs of the same figure and testbed, set aside, and why
+
+    @property
+    def title(self) -> str:
+        """How tables and figures are labelled: what this was measured on, and at which scale."""
+        scale = f"lengths divided by {self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
+        return f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale})"
+
+    @property
+    def replicates(self) -> int:
+        """Independent repetitions per model: different seeds, each in its own session."""
+        return min(len({t.facts["seed"] for t in self.trials if t.facts["model"] == model}) for model in self.models)
+
+    @property
+    def models(self) -> list[str]:
+        """Models in the order of the plan."""
+        return list(dict.fromkeys(t.facts["model"] for t in self.trials))
+
+
+def find_runs(folder: Path) -> dict[str, list[Path]]:
+    """Run directory name -> its bags, in order of name."""
+    found = {path.name: sorted(path.glob("bag-*")) for path in sorted(folder.glob("*")) if path.is_dir()}
+    return {name: bags for name, bags in found.items() if bags}
+
+
+def unfinished(folder: Path) -> list[str]:
+    """Run directories that hold trials but no bag yet, as sentences."""
+    names = sorted({path.parent.name for path in folder.glob("*/open-*") if any(path.glob("trials/*/*"))})
+    return [f"{name}: incomplete; make {name.split('-')[0]} resumes it" for name in names]
+
+
+def load_run(bags: list[Path]) -> Run:
+    """Join bags of one figure and testbed. Of several identities the newest is taken, the others are named.
+
+    Raises SpecError if there is no bag, or if trials were made under conditions that must not be mixed.
+    """
+    if not bags:
+        raise SpecError("no finished run here; make fig9a makes one")
+    plans = {bag: json.loads((bag / "data" / "plan.json").read_text()) for bag in bags}
+    newest = max(bags, key=lambda bag: (bag.stat().st_mtime_ns, bag.name))
+    identity = plans[newest]["identity"]
+    chosen = [bag for bag in bags if plans[bag]["identity"] == identity]
+    aside = tuple(
+        f"{bag.name} differs in {', '.join(k for k, v in identity.items() if plans[bag]['identity'].get(k) != v)}"
+        for bag in bags
+        if bag not in chosen
+    )
+    trials = []
+    for bag in chosen:
+        for path in sorted(bag.glob("data/trials/*/*")):
+            trials.append(TrialRecord(path, *read_trial(path)))
+    plan = plans[chosen[-1]]
+    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, tuple(trials), aside)
+
+
+def differing(run: Run) -> list[str]:
+    """Conditions in which a model's trials differ although they must not, as 'key: value, value'."""
+    found = []
+    for key in MUST_MATCH:
+        section, name = key.split(".")
+        values = {str(trial.facts[section].get(name)) for trial in run.trials}
+        if len(values) > 1:
+            found.append(f"{key}: {', '.join(sorted(values))}")
+    return found
+
+
+def chunk_label(chunk_size: float | None) -> str:
+    """A chunk size in the paper's units as text; None or NaN is unchunked."""
+    return "unchunked" if chunk_size is None or pd.isna(chunk_size) else str(int(chunk_size))
+
+
+def prefill_times(run: Run) -> pd.DataFrame:
+    """Every prefill of a Figure 9a run.
+
+    Columns: model, in_paper, seed, trial, repeat, prompt_length, chunk_size (text), prompt_tokens, budget, seconds.
+    """
+    rows = []
+    for trial in run.trials:
+        seconds = prefill_seconds(trial.record)
+        for phase, role in enumerate(trial.facts["phases"]):
+            if role["role"] != "point":
+                continue
+            rows.append(
+                {
+                    **{key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")},
+                    "repeat": trial.repeat,
+                    "prompt_length": role["prompt_length"],
+                    "chunk_size": chunk_label(role["chunk_size"]),
+                    "prompt_tokens": role["prompt_tokens"],
+                    "budget": role["budget"],
+                    "seconds": seconds.get(phase),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, seed and point: `seconds` the median over the session's passes (repeats left out),
+
+    `relative` its ratio to the same session's unchunked prefill of the same length.
+    """
+    keys = ["model", "in_paper", "seed", "prompt_length"]
+    medians = times[~times["repeat"]].groupby([*keys, "chunk_size"], sort=False)["seconds"].median().reset_index()
+    whole = medians[medians["chunk_size"] == "unchunked"].set_index(keys)["seconds"].rename("unchunked_s")
+    joined = medians.join(whole, on=keys)
+    return joined.assign(relative=joined["seconds"] / joined["unchunked_s"])
+
+
+def published_prefill() -> pd.DataFrame:
+    """Figure 9a as published: prompt_length, chunk_size (text), prefill_ms, relative (to unchunked)."""
+    table = pd.read_csv(REFERENCE / "fig9a.csv", comment="#", dtype={"chunk_size": str})
+    whole = table[table["chunk_size"] == "unchunked"].set_index("prompt_length")["prefill_ms"].rename("unchunked_ms")
+    joined = table.join(whole, on="prompt_length")
+    return joined.assign(relative=joined["prefill_ms"] / joined["unchunked_ms"]).drop(columns="unchunked_ms")

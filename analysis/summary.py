@@ -1,0 +1,92 @@
+"""The table of a figure, on the terminal and as CSV: `python -m analysis.summary fig9a-cpu`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from analysis.load import Run, find_runs, load_run, prefill_replicates, prefill_times, published_prefill
+from experiments.provenance import ROOT
+from experiments.spec import SpecError
+
+
+def prefill_table(run: Run) -> pd.DataFrame:
+    """One row per point of Figure 9a: median and range over replicates, of prefill seconds and relative to unchunked.
+
+    `published_relative` stands beside the model that the paper measured, at the paper's lengths and chunk sizes.
+    """
+    replicates = prefill_replicates(prefill_times(run))
+    keys = ["model", "in_paper", "prompt_length", "chunk_size"]
+    table = replicates.groupby(keys, sort=False).agg(
+        replicates=("seed", "nunique"),
+        seconds=("seconds", "median"),
+        seconds_min=("seconds", "min"),
+        seconds_max=("seconds", "max"),
+        relative=("relative", "median"),
+        relative_min=("relative", "min"),
+        relative_max=("relative", "max"),
+    )
+    published = published_prefill().set_index(["prompt_length", "chunk_size"])["relative"].rename("published_relative")
+    joined = table.reset_index().join(published, on=["prompt_length", "chunk_size"])
+    joined.loc[~joined["in_paper"], "published_relative"] = float("nan")
+    order = joined["chunk_size"].map(lambda text: float("inf") if text == "unchunked" else float(text))
+    joined = joined.assign(order=order).sort_values(
+        ["in_paper", "model", "prompt_length", "order"], ascending=[False, True, True, True]
+    )
+    return joined.drop(columns="order").reset_index(drop=True)
+
+
+def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
+    """Print the table of Figure 9a with its testbed and scale."""
+    for model, rows in table.groupby("model", sort=False):
+        panel = "" if rows["in_paper"].iloc[0] else ", a panel the paper does not have"
+        console.print(f"\n{run.title}\n{model}, median and range of {run.replicates} replicates{panel}", soft_wrap=True)
+        view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("prompt", "chunk size", "prefill ms", "relative", "published"):
+            view.add_column(name, justify="right")
+        for row in rows.to_dict("records"):
+            view.add_row(
+                str(row["prompt_length"]),
+                row["chunk_size"],
+                f"{1e3 * row['seconds']:.1f} ({1e3 * row['seconds_min']:.1f}-{1e3 * row['seconds_max']:.1f})",
+                f"{row['relative']:.2f} ({row['relative_min']:.2f}-{row['relative_max']:.2f})",
+                "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}",
+                end_section=row["chunk_size"] == "unchunked",
+            )
+        console.print(view)
+    console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 if there is no finished run."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.summary", description=__doc__)
+    parser.add_argument("run", nargs="?", help="a run's name, for instance fig9a-cpu; default: every finished run")
+    parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
+    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
+    options = parser.parse_args(argv)
+    found = find_runs(options.runs)
+    names = [options.run] if options.run else list(found)
+    console = Console(highlight=False)
+    try:
+        for name in names:
+            run = load_run(found.get(name, []))
+            table = prefill_table(run)
+            options.report.mkdir(parents=True, exist_ok=True)
+            table.to_csv(options.report / f"{name}.csv", index=False)
+            show_prefill(run, table, console)
+            console.print(f"table written to {options.report / name}.csv")
+    except SpecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
