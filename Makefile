@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 TESTBED ?= auto##    auto (this machine's), or a name in experiments/testbeds
 REPLICATES ?=##      sessions per model, each with its own seed; default: the testbed's
 OUT ?= artifacts/runs##    where runs go
+ALL ?=##             1: in make verify, a claim that was not run counts as INCONCLUSIVE
 PYTHON ?= python3##  the Python that makes the virtual environment; 3.11 or 3.12
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -66,12 +67,20 @@ plan: $(VENV)/core.stamp ## sessions, trials, minutes and disk of FIGURE (defaul
 .PHONY: smoke
 smoke: setup ## the smallest real run of the whole path, under 2 minutes
 	@$(RUN) smoke
-	@$(PY) -m analysis.summary --runs $(OUT) --figure smoke
+	@$(PY) -m analysis.summary smoke --testbed $(TESTBED) --runs $(OUT)
 
 .PHONY: fig9a
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table
 	@$(RUN) fig9a
-	@$(PY) -m analysis.summary --runs $(OUT) --figure fig9a
+	@$(PY) -m analysis.summary fig9a --testbed $(TESTBED) --runs $(OUT)
+
+.PHONY: verify
+verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line
+	@$(PY) -m analysis.verify --runs $(OUT) $(if $(ALL),--all)
+
+.PHONY: report
+report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
+	@$(PY) -m analysis.report --runs $(OUT)
 
 .PHONY: bench
 bench: setup ## speed of our loop against a bare loop over vLLM; switched against fresh chunk sizes

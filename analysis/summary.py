@@ -1,4 +1,4 @@
-"""The table of a figure, on the terminal and as CSV: `python -m analysis.summary fig9a-cpu`."""
+"""The table of a figure, on the terminal and as CSV: `python -m analysis.summary fig9a`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis.load import Run, find_runs, load_run, prefill_replicates, prefill_times, published_prefill
+from analysis.load import Run, load_run, prefill_replicates, prefill_times, published_prefill
 from experiments.provenance import ROOT
 from experiments.spec import SpecError
 
@@ -67,21 +67,21 @@ def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no finished run."""
     parser = argparse.ArgumentParser(prog="python -m analysis.summary", description=__doc__)
-    parser.add_argument("run", nargs="?", help="a run's name, for instance fig9a-cpu; default: every finished run")
+    parser.add_argument("figure", help="a figure's name")
+    parser.add_argument("--testbed", default="auto", help="auto: the testbed of the newest run")
     parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
     parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
     options = parser.parse_args(argv)
-    found = find_runs(options.runs)
-    names = [options.run] if options.run else list(found)
+    pattern = "*" if options.testbed == "auto" else options.testbed
     console = Console(highlight=False)
     try:
-        for name in names:
-            run = load_run(found.get(name, []))
-            table = prefill_table(run)
-            options.report.mkdir(parents=True, exist_ok=True)
-            table.to_csv(options.report / f"{name}.csv", index=False)
-            show_prefill(run, table, console)
-            console.print(f"table written to {options.report / name}.csv")
+        run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
+        table = prefill_table(run)
+        options.report.mkdir(parents=True, exist_ok=True)
+        target = options.report / f"{run.figure}-{run.testbed}.csv"
+        table.to_csv(target, index=False)
+        show_prefill(run, table, console)
+        console.print(f"as CSV: {target}")
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

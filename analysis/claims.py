@@ -1,0 +1,184 @@
+"""Claims and their verdicts: statistic -> sample over replicates -> rule -> PASS, FAIL or INCONCLUSIVE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from analysis.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill
+from analysis.stats import LEVEL, Sample, holm, replicates_needed
+from experiments.spec import STRICT, read_spec
+
+Chunk = int | Literal["unchunked"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Statistic:
+    """Which ratio a claim is about; see claims.yaml."""
+
+    name: Literal["prefill_overhead", "prefill_monotone"]
+    chunk_size: Chunk | None = None
+    against: Chunk | None = None
+    over: Literal["worst", "geomean"] = "geomean"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Claim:
+    """A statement of the paper, its source and the rule that decides it."""
+
+    id: str
+    figure: str
+    model: str
+    statement: str
+    source: str
+    rule: Literal["ordering", "bound", "equivalence"]
+    statistic: Statistic
+    reason: str
+    scope: Annotated[tuple[str, ...], Field(min_length=1)]
+    bound: Annotated[float, Field(gt=0)] = 1.0
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+@dataclass(frozen=True, config=STRICT)
+class _ClaimsFile:
+    claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
+
+
+def load_claims() -> tuple[Claim, ...]:
+    """The claims of artifacts/reference/claims.yaml. Raises SpecError."""
+    return read_spec(REFERENCE / "claims.yaml", _ClaimsFile).claims
+
+
+def _overhead(times: pd.DataFrame, statistic: Statistic) -> float:
+    """times: prompt_length x chunk_size -> seconds, of one replicate. The aggregated ratio; NaN if a point is missing."""
+    split = [float(c) for c in (statistic.chunk_size, statistic.against) if c != "unchunked" and c is not None]
+    chunked = times[times.index > max(split)]
+    ratios = chunked[str(statistic.chunk_size)] / chunked[str(statistic.against)]
+    if statistic.over == "worst":
+        return float(ratios.max(skipna=False))
+    return math.exp(float(ratios.map(math.log).mean(skipna=False)))
+
+
+def _monotone(times: pd.DataFrame, _statistic: Statistic) -> float:
+    sizes = sorted((name for name in times.columns if name != "unchunked"), key=float)
+    lowest = math.inf
+    for small, large in pairwise(sizes):
+        chunked = times[times.index > float(large)]
+        lowest = min(lowest, float((chunked[small] / chunked[large]).min()))
+    return lowest
+
+
+PREFILL: Mapping[str, Callable[[pd.DataFrame, Statistic], float]] = {
+    "prefill_overhead": _overhead,
+    "prefill_monotone": _monotone,
+}
+
+
+def ratios(run: Run, claim: Claim) -> dict[int, float]:
+    """seed -> the claim's ratio, one per replicate; empty if the run does not hold the claim's model."""
+    times = prefill_replicates(prefill_times(run))
+    times = times[times["model"] == claim.model]
+    found = {}
+    for seed, rows in times.groupby("seed"):
+        table = rows.pivot_table(index="prompt_length", columns="chunk_size", values="seconds")
+        found[int(str(seed))] = PREFILL[claim.statistic.name](table, claim.statistic)
+    return found
+
+
+def published_ratio(claim: Claim) -> float | None:
+    """The claim's ratio in the published data; None where nothing is published."""
+    if claim.figure != "fig9a" or claim.model != "yi-34b-200k":
+        return None
+    table = published_prefill().pivot_table(index="prompt_length", columns="chunk_size", values="prefill_ms")
+    return PREFILL[claim.statistic.name](table, claim.statistic)
+
+
+def published_verdict(claim: Claim) -> dict[str, Any]:
+    """The published run put through the claim: one run without variance, so 'agrees' or 'contradicts', never PASS."""
+    ratio = published_ratio(claim)
+    if ratio is None:
+        return {"verdict": "not published", "value": None, "detail": "no data published"}
+    if claim.rule == "equivalence":
+        return {"verdict": "agrees", "value": ratio, "detail": f"{ratio:.3f} is the reference itself"}
+    holds = ratio > 1 if claim.rule == "ordering" else ratio <= claim.bound
+    wanted = "above 1" if claim.rule == "ordering" else f"at most {claim.bound:g}"
+    return {"verdict": "agrees" if holds else "contradicts", "value": ratio, "detail": f"{ratio:.3f}; claimed {wanted}"}
+
+
+def p_values(claim: Claim, seen: Sample) -> tuple[float, float]:
+    """One-sided p values of (the claim holds, the claim fails).
+
+    Equivalence: two one-sided tests, both must succeed; failing is either of two tests, so its smaller p value is doubled.
+    """
+    if claim.rule == "ordering":
+        return seen.p_above(1.0), seen.p_below(1.0)
+    if claim.rule == "bound":
+        return seen.p_below(claim.bound), seen.p_above(claim.bound)
+    center = published_ratio(claim)
+    if center is None:
+        raise ValueError(f"{claim.id}: equivalence needs published data")
+    low, high = center / (1 + claim.margin), center * (1 + claim.margin)
+    outside = min(1.0, 2 * min(seen.p_below(low), seen.p_above(high)))
+    return max(seen.p_above(low), seen.p_below(high)), outside
+
+
+def judge(claims: list[Claim], samples: list[Sample], looks: int) -> list[dict[str, Any]]:
+    """Verdicts of the claims of one figure on one run, Holm-adjusted together, with every number behind them.
+
+    looks: 1, or 2 if replicates were added after a first look: then the level is halved, which keeps both looks together
+    within the level of one.
+    """
+    level = LEVEL / looks
+    pairs = [p_values(claim, seen) for claim, seen in zip(claims, samples, strict=True)]
+    holds, fails = holm([pair[0] for pair in pairs]), holm([pair[1] for pair in pairs])
+    results = []
+    for claim, seen, pair, p_pass, p_fail in zip(claims, samples, pairs, holds, fails, strict=True):
+        verdict = "PASS" if p_pass <= level else "FAIL" if p_fail <= level else "INCONCLUSIVE"
+        low, high = seen.interval()
+        needed = replicates_needed(seen, _nearest_bound(claim, seen), level) if verdict == "INCONCLUSIVE" else None
+        numbers = {
+            "ratio": seen.ratio,
+            "low": low,
+            "high": None if math.isinf(high) else high,
+            "replicates": seen.n,
+            "ratios": [math.exp(log) for log in seen.logs],
+            "level": level,
+            "looks": looks,
+            "p_pass": pair[0],
+            "p_fail": pair[1],
+            "p_pass_adjusted": p_pass,
+            "p_fail_adjusted": p_fail,
+            "replicates_needed": needed,
+        }
+        results.append({"verdict": verdict, "reason": _reason(claim, verdict, numbers), "numbers": numbers})
+    return results
+
+
+def _nearest_bound(claim: Claim, seen: Sample) -> float:
+    if claim.rule != "equivalence":
+        return claim.bound if claim.rule == "bound" else 1.0
+    center = published_ratio(claim) or 1.0
+    return min(center / (1 + claim.margin), center * (1 + claim.margin), key=lambda bound: abs(seen.mean - math.log(bound)))
+
+
+def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
+    against = f" to {claim.statistic.against}" if claim.statistic.against else ""
+    name = f"{claim.statistic.chunk_size}{against}" if claim.statistic.chunk_size else "smallest neighbouring ratio"
+    high = "unknown" if numbers["high"] is None else f"{numbers['high']:.3f}"
+    what = f"ratio {name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
+    if claim.rule == "equivalence":
+        center = published_ratio(claim) or math.nan
+        rule = f"published {center:.3f}, margin {claim.margin:.0%}"
+    else:
+        rule = "claimed above 1" if claim.rule == "ordering" else f"claimed at most {claim.bound:g}"
+    text = f"{what}; {rule}"
+    if verdict == "INCONCLUSIVE":
+        needed = numbers["replicates_needed"]
+        text += f"; about {needed} replicates in all would settle it" if needed else "; repetition alone will hardly settle it"
+    return text

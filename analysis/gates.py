@@ -1,0 +1,141 @@
+"""Validity gates: what must hold of a run before its numbers may speak. A broken gate makes its claims INCONCLUSIVE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.load import Run, differing, prefill_times
+
+NOISE_LIMIT = 0.25  # interquartile range of the probe step over its median, median over sessions
+REPEAT_LIMIT = 1.15  # a session's first trial and its repetition at the end, median over sessions
+LOOKS = 2  # a first look and, with more replicates, one last
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate: its name, whether it holds, and the numbers."""
+
+    gate: str
+    ok: bool
+    detail: str
+
+
+def noise(run: Run) -> float:
+    """The machine's noise: the probe step's interquartile range over its median within a session, median over sessions."""
+    seconds: dict[str, list[float]] = {}
+    for trial in run.trials:
+        probes = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
+        steps = trial.record.requests.set_index("phase")["first_step"].reindex(probes).dropna()
+        seconds.setdefault(str(trial.facts["session"]), []).extend(trial.record.steps["seconds"].iloc[steps.astype(int)])
+    spreads = []
+    for values in seconds.values():
+        series = pd.Series(values)
+        spreads.append((series.quantile(0.75) - series.quantile(0.25)) / series.median())
+    return float(pd.Series(spreads).median()) if spreads else math.nan
+
+
+def repeat_ratio(run: Run) -> float:
+    """Time of the first trial's repetition over the first trial's, point by point: median over points and sessions.
+
+    NaN where no session holds both.
+    """
+    times = prefill_times(run)
+    first = times[times["trial"] + "-repeat" == _repeat_of(times)]
+    keys = ["model", "seed", "prompt_length", "chunk_size"]
+    pairs = first.merge(times[times["repeat"]], on=keys, suffixes=("", "_again"))
+    return float((pairs["seconds_again"] / pairs["seconds"]).median()) if len(pairs) else math.nan
+
+
+def _repeat_of(times: pd.DataFrame) -> pd.Series:
+    names = times[times["repeat"]].drop_duplicates(["model", "seed"]).set_index(["model", "seed"])["trial"].rename("again")
+    return times.join(names, on=["model", "seed"])["again"]
+
+
+def _total(run: Run, table: str, column: str) -> int:
+    return int(sum(getattr(trial.record, table)[column].sum() for trial in run.trials))
+
+
+def _finished(run: Run) -> Gate:
+    asked, got = _total(run, "requests", "output_tokens"), _total(run, "requests", "generated_tokens")
+    cut = sum(trial.record.truncated for trial in run.trials)
+    return Gate("requests finished", asked == got and not cut, f"{got} of {asked} tokens received, {cut} trials truncated")
+
+
+def _budget(run: Run) -> Gate:
+    over = 0
+    for trial in run.trials:
+        steps = trial.record.steps
+        over += int((steps["prefill_tokens"] + steps["decode_tokens"] > steps["budget"]).sum())
+    return Gate("budget obeyed", not over, f"{over} steps above their chunk size")
+
+
+def _cache(run: Run) -> Gate:
+    hits = _total(run, "requests", "cached_tokens")
+    return Gate("no cache hit", not hits, f"{hits} prompt tokens came from a prefix cache")
+
+
+def _preemption(run: Run) -> Gate:
+    count = _total(run, "steps", "preempted")
+    return Gate("no preemption", not count, f"{count} preemptions")
+
+
+def _clock(run: Run) -> Gate:
+    wrong = 0
+    for trial in run.trials:
+        steps = trial.record.steps
+        ends = steps["start_s"] + steps["seconds"]
+        wrong += int(
+            (steps["seconds"] <= 0).sum() + (steps["start_s"].iloc[1:].to_numpy() < ends.iloc[:-1].to_numpy() - 1e-9).sum()
+        )
+    return Gate("clock monotonic", not wrong, f"{wrong} steps end before they start or overlap")
+
+
+def _noise(run: Run) -> Gate:
+    figure = noise(run)
+    return Gate("machine noise", figure <= NOISE_LIMIT, f"{figure:.3f} of a fixed step's time, limit {NOISE_LIMIT}")
+
+
+def _repeat(run: Run) -> Gate:
+    ratio = repeat_ratio(run)
+    ok = 1 / REPEAT_LIMIT <= ratio <= REPEAT_LIMIT
+    return Gate("first trial repeated", ok, f"its repetition takes {ratio:.3f} times as long, limit {REPEAT_LIMIT} either way")
+
+
+def _independent(run: Run) -> Gate:
+    seeds: dict[str, set[tuple[str, int]]] = {}
+    for trial in run.trials:
+        seeds.setdefault(trial.facts["process"], set()).add((trial.facts["model"], trial.facts["seed"]))
+    shared = sum(len(found) > 1 for found in seeds.values())
+    return Gate("independent replicates", not shared, f"{shared} engine processes served more than one replicate")
+
+
+def _alike(run: Run) -> Gate:
+    found = differing(run)
+    return Gate("one version, one machine type", not found, "; ".join(found) or "all trials alike")
+
+
+def _looks(run: Run) -> Gate:
+    return Gate("at most two looks", len(run.bags) <= LOOKS, f"{len(run.bags)} bags were joined, allowed {LOOKS}")
+
+
+GATES: tuple[Callable[[Run], Gate], ...] = (
+    _finished,
+    _budget,
+    _cache,
+    _preemption,
+    _clock,
+    _noise,
+    _repeat,
+    _independent,
+    _alike,
+    _looks,
+)
+
+
+def check(run: Run) -> list[Gate]:
+    """Every gate of a run."""
+    return [gate(run) for gate in GATES]

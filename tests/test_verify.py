@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeEngine, ScriptedEngine, synthetic_run
+
+from analysis import gates, integrity
+from analysis.claims import load_claims, published_verdict
+from analysis.load import Run, TrialRecord
+from analysis.verify import decide, overall, verify
+from experiments.engine import Record
+from experiments.provenance import ROOT
+from experiments.session import run_session
+from experiments.spec import SpecError, expand, load_figure, load_testbed
+from experiments.store import Run as Store
+from experiments.store import to_json
+
+CLAIMS = load_claims()
+
+
+def published(tokens: int, budget: int) -> float:
+    """The published relative times at the paper's scale, 512 / 1024 / 2048 / unchunked."""
+    table = {
+        2048: (1.152, 1.175, 1.0, 1.0),
+        4096: (1.189, 1.202, 1.024, 1.0),
+        8192: (1.117, 1.109, 0.937, 1.0),
+        16384: (0.995, 0.961, 0.805, 1.0),
+    }
+    column = {512: 0, 1024: 1, 2048: 2}.get(budget, 3)
+    return table[tokens + 1][column] if tokens + 1 in table else 1.0
+
+
+def by_chunk(testbed: str, small: float, middle: float, large: float) -> Callable[[int, int], float]:
+    """Relative cost of the paper's 512, 1024 and 2048 at the testbed's scale; 1 for unchunked."""
+    unit = 512 // load_testbed(testbed).scale
+    return lambda _tokens, budget: {unit: small, 2 * unit: middle, 4 * unit: large}.get(budget, 1.0)
+
+
+def verdicts(run: Run) -> dict[str, str]:
+    return {entry["id"]: entry["verdict"] for entry in entries(run)}
+
+
+def entries(run: Run) -> list[dict[str, Any]]:
+    part = {
+        "name": f"fig9a-{run.testbed}",
+        "figure": "fig9a",
+        "title": run.title,
+        "simulated": False,
+        "gates": [dataclasses.asdict(gate) for gate in gates.check(run)],
+    }
+    return decide(CLAIMS, part, run)
+
+
+GOOD = by_chunk("cpu", 2.2, 1.4, 1.1)
+
+
+def test_a_good_cpu_run_passes_its_claims_and_the_papers_do_not_apply() -> None:
+    found = verdicts(synthetic_run(GOOD))
+    assert found == {claim.id: "PASS" if "cpu" in claim.scope else "NOT-APPLICABLE" for claim in CLAIMS}
+    assert overall([{"verdict": v} for v in found.values()], False) == ("PASS", 0)
+
+
+def test_a_run_like_the_published_one_agrees_and_refutes_the_simple_story() -> None:
+    found = verdicts(synthetic_run(published, testbed="a100"))
+    assert {name for name, verdict in found.items() if verdict == "FAIL"} == {"C8"}
+    assert {found[name] for name in ("C1", "C2", "C3", "C6", "C7")} == {"PASS"}
+
+
+@pytest.mark.parametrize(
+    ("claim", "testbed", "factors"),
+    [
+        ("C1", "a100", (1.4, 1.2, 1.0)),
+        ("C2", "a100", (1.2, 1.2, 1.15)),
+        ("C3", "a100", (1.0, 1.1, 1.2)),
+        ("C3", "cpu", (1.0, 1.1, 1.2)),
+        ("C4", "cpu", (1.0, 1.1, 1.2)),
+        ("C5", "cpu", (2.0, 1.9, 1.6)),
+        ("C6", "a100", (1.6, 1.2, 1.0)),
+        ("C6", "a100", (0.8, 0.9, 0.9)),
+        ("C7", "a100", (1.6, 1.4, 1.3)),
+        ("C8", "a100", (1.1, 1.3, 1.0)),
+    ],
+)
+def test_each_claim_can_fail(claim: str, testbed: str, factors: tuple[float, float, float]) -> None:
+    found = {entry["id"]: entry for entry in entries(synthetic_run(by_chunk(testbed, *factors), testbed=testbed))}
+    assert found[claim]["verdict"] == "FAIL", found[claim]["reason"]
+    assert overall([{"verdict": "PASS"}, found[claim]], False) == ("FAIL", 1)
+
+
+def test_every_claim_passes_on_some_run() -> None:
+    passed: set[str] = set()
+    for factor, testbed in ((GOOD, "cpu"), (published, "a100"), (by_chunk("a100", 1.2, 1.1, 1.0), "a100")):
+        passed |= {name for name, verdict in verdicts(synthetic_run(factor, testbed=testbed)).items() if verdict == "PASS"}
+    assert passed == {claim.id for claim in CLAIMS}
+
+
+def test_noise_is_inconclusive_and_says_how_many_replicates_would_settle_it() -> None:
+    noisy = {entry["id"]: entry for entry in entries(synthetic_run(by_chunk("cpu", 1.12, 1.05, 1.0), bias=0.2))}
+    assert noisy["C3"]["verdict"] == "INCONCLUSIVE"
+    assert "replicates in all would settle it" in noisy["C3"]["reason"] or "hardly settle it" in noisy["C3"]["reason"]
+    assert noisy["C3"]["numbers"]["replicates"] == 5
+
+
+def test_one_replicate_is_inconclusive() -> None:
+    assert verdicts(synthetic_run(GOOD, replicates=1))["C3"] == "INCONCLUSIVE"
+
+
+def change(run: Run, edit: Callable[[TrialRecord], TrialRecord], every: bool = False) -> Run:
+    head, *tail = run.trials
+    return dataclasses.replace(run, trials=(edit(head), *(edit(t) if every else t for t in tail)))
+
+
+def edit_table(table: str, column: str, value: Any) -> Callable[[TrialRecord], TrialRecord]:
+    def edit(trial: TrialRecord) -> TrialRecord:
+        changed = getattr(trial.record, table).copy()
+        changed.loc[changed.index[-1], column] = value
+        return dataclasses.replace(trial, record=dataclasses.replace(trial.record, **{table: changed}))
+
+    return edit
+
+
+def edit_facts(**facts: Any) -> Callable[[TrialRecord], TrialRecord]:
+    return lambda trial: dataclasses.replace(trial, facts={**trial.facts, **facts})
+
+
+def slow_repeat(trial: TrialRecord) -> TrialRecord:
+    if not trial.repeat:
+        return trial
+    steps = trial.record.steps.assign(seconds=trial.record.steps["seconds"] * 1.3)
+    steps["start_s"] = steps["seconds"].cumsum().shift(1, fill_value=0.0)
+    return dataclasses.replace(trial, record=dataclasses.replace(trial.record, steps=steps))
+
+
+def noisy_probe(trial: TrialRecord) -> TrialRecord:
+    steps = trial.record.steps.copy()
+    steps.loc[[0, 1], "seconds"] *= [0.3, 3.0]
+    steps["start_s"] = steps["seconds"].cumsum().shift(1, fill_value=0.0)
+    return dataclasses.replace(trial, record=dataclasses.replace(trial.record, steps=steps))
+
+
+BROKEN: dict[str, Callable[[Run], Run]] = {
+    "requests finished": lambda run: change(run, edit_table("requests", "generated_tokens", 0)),
+    "budget obeyed": lambda run: change(run, edit_table("steps", "prefill_tokens", 10**6)),
+    "no cache hit": lambda run: change(run, edit_table("requests", "cached_tokens", 16)),
+    "no preemption": lambda run: change(run, edit_table("steps", "preempted", 1)),
+    "clock monotonic": lambda run: change(run, edit_table("steps", "start_s", 0.0)),
+    "machine noise": lambda run: change(run, noisy_probe, every=True),
+    "first trial repeated": lambda run: change(run, slow_repeat, every=True),
+    "independent replicates": lambda run: change(run, edit_facts(process="one"), every=True),
+    "one version, one machine type": lambda run: change(run, edit_facts(machine={"type": "another", "image": None})),
+    "at most two looks": lambda run: dataclasses.replace(run, bags=run.bags * 3),
+}
+
+
+@pytest.mark.parametrize("name", [gate.gate for gate in gates.check(synthetic_run(GOOD, replicates=1))])
+def test_each_gate_alone_makes_its_claims_inconclusive(name: str) -> None:
+    run = BROKEN[name](synthetic_run(GOOD, replicates=2))
+    assert [gate.gate for gate in gates.check(run) if not gate.ok] == [name]
+    found = {entry["id"]: entry for entry in entries(run)}
+    assert found["C3"]["verdict"] == "INCONCLUSIVE"
+    assert f"gate broken: {name}" in found["C3"]["reason"]
+    assert found["C1"]["verdict"] == "NOT-APPLICABLE"
+
+
+def test_a_truncated_trial_is_not_complete() -> None:
+    def truncate(trial: TrialRecord) -> TrialRecord:
+        return dataclasses.replace(trial, record=dataclasses.replace(trial.record, truncated=True))
+
+    assert verdicts(change(synthetic_run(GOOD), truncate))["C3"] == "INCONCLUSIVE"
+
+
+def test_a_second_look_is_at_half_the_level() -> None:
+    run = synthetic_run(GOOD)
+    second = dataclasses.replace(run, bags=run.bags * 2)
+    assert {entry["numbers"].get("level") for entry in entries(second) if entry["verdict"] == "PASS"} == {0.0125}
+
+
+def test_a_model_that_was_not_run() -> None:
+    run = synthetic_run(GOOD)
+    only = dataclasses.replace(run, trials=tuple(t for t in run.trials if t.facts["model"] == "yi-34b-200k"))
+    assert verdicts(only)["C4"] == "NOT-RUN"
+
+
+def test_the_published_data_go_through_the_claims() -> None:
+    found = {claim.id: published_verdict(claim)["verdict"] for claim in CLAIMS}
+    assert found["C8"] == "contradicts"
+    assert found["C4"] == "not published"
+    assert {found[name] for name in ("C1", "C2", "C3")} == {"agrees"}
+
+
+@pytest.mark.parametrize(
+    ("found", "everything", "expected"),
+    [
+        (["PASS", "NOT-APPLICABLE"], False, ("PASS", 0)),
+        (["PASS", "FAIL", "INCONCLUSIVE"], False, ("FAIL", 1)),
+        (["PASS", "INCONCLUSIVE"], False, ("INCONCLUSIVE", 2)),
+        (["PASS", "NOT-RUN"], False, ("PASS", 0)),
+        (["PASS", "NOT-RUN"], True, ("INCONCLUSIVE", 2)),
+        (["NOT-RUN"], False, ("NOT-RUN", 2)),
+    ],
+)
+def test_overall(found: list[str], everything: bool, expected: tuple[str, int]) -> None:
+    assert overall([{"verdict": verdict} for verdict in found], everything) == expected
+
+
+# -- bags on disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with one sealed Figure 9a run of two replicates."""
+    runs = tmp_path_factory.mktemp("runs")
+    figure, testbed = load_figure("fig9a"), load_testbed("cpu")
+    store = Store(runs / "fig9a-cpu", {"experiments": "x"})
+    for session in expand(figure, testbed, 2):
+        for result in run_session(
+            session,
+            [trial.name for trial in session.trials],
+            lambda settings, seed=session.seed: ScriptedEngine(settings, GOOD, 0.01, seed),
+        ):
+            store.write_trial(result.session, result.trial, result.facts, result.record)
+    plan = {**synthetic_run(GOOD, replicates=1).plan, "identity": store.identity}
+    store.seal({"plan.json": to_json(plan)}, {"External-Identifier": "test"})
+    return runs
+
+
+@pytest.fixture
+def copied(sealed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sealed, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def bag_of(runs: Path) -> Path:
+    return next(runs.glob("fig9a-cpu/bag-*"))
+
+
+def run_verify(runs: Path, report: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "analysis.verify", "--runs", str(runs), "--report", str(report), *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_the_command_ends_with_the_verdict_and_writes_every_number(sealed: Path, tmp_path: Path) -> None:
+    done = run_verify(sealed, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "PASS"
+    result = json.loads((tmp_path / "verdict.json").read_text())
+    assert result["overall"] == "PASS"
+    assert len(result["runs"][0]["bags"][0]["tagmanifest_sha256"]) == 64
+    assert all(entry["numbers"]["ratios"] for entry in result["claims"] if entry["verdict"] == "PASS")
+
+
+def all_files(bag: Path) -> list[str]:
+    return sorted(path.relative_to(bag).as_posix() for path in bag.rglob("*") if path.is_file())
+
+
+def test_one_byte_changed_anywhere_is_found_and_named(copied: Path) -> None:
+    bag = bag_of(copied)
+    assert integrity.problems(bag) == []
+    names = [name for name in all_files(bag) if "data/trials" not in name]
+    names += [name for name in all_files(bag) if "data/trials" in name][:5]
+    for name in names:
+        whole = (bag / name).read_bytes()
+        for position in {0, len(whole) // 2, len(whole) - 1}:
+            for bit in (1, 32):
+                (bag / name).write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+                assert any(name in line for line in integrity.problems(bag)), (name, position, bit)
+        (bag / name).write_bytes(whole)
+    assert integrity.problems(bag) == []
+
+
+def test_a_file_added_removed_renamed_truncated_is_named(copied: Path) -> None:
+    bag = bag_of(copied)
+    name = all_files(bag)[-6]
+    data = (bag / name).read_bytes()
+    for where in ("data/new.csv", "new.csv", "data/trials/new"):
+        (bag / where).write_text("x")
+        assert integrity.problems(bag) == [f"unlisted: {where}"]
+        (bag / where).unlink()
+    (bag / name).unlink()
+    assert integrity.problems(bag) == [f"missing: {name}"]
+    (bag / "data/renamed").write_bytes(data)
+    assert integrity.problems(bag) == [f"missing: {name}", "unlisted: data/renamed"]
+    (bag / "data/renamed").unlink()
+    (bag / name).write_bytes(data[:-1])
+    assert integrity.problems(bag) == [f"changed: {name}"]
+    (bag / name).unlink()
+    (bag / name).symlink_to("/etc/hostname")
+    assert integrity.problems(bag) == [f"unlisted: {name}"]
+
+
+def test_a_broken_bag_fails_with_status_1(copied: Path, tmp_path: Path) -> None:
+    target = bag_of(copied) / "data" / "plan.json"
+    target.write_bytes(target.read_bytes() + b" ")
+    done = run_verify(copied, tmp_path / "report")
+    assert done.returncode == 1
+    assert "changed: " in done.stdout
+    assert "data/plan.json" in done.stdout.replace("\n", "")
+    assert done.stdout.splitlines()[-1] == "FAIL"
+
+
+def test_a_half_copied_bag_is_incomplete_not_judged(copied: Path) -> None:
+    for name in (*integrity.TAG_FILES, integrity.TAGS):
+        (bag_of(copied) / name).unlink()
+    with pytest.raises(SpecError, match="incomplete"):
+        verify(copied)
+
+
+def test_no_run_at_all_is_not_run(tmp_path: Path) -> None:
+    done = run_verify(tmp_path / "none", tmp_path / "report")
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1] == "NOT-RUN"
+    assert {entry["verdict"] for entry in json.loads((tmp_path / "report" / "verdict.json").read_text())["claims"]} == {
+        "NOT-RUN"
+    }
+
+
+def test_runs_of_different_code_are_not_mixed(copied: Path) -> None:
+    bag = bag_of(copied)
+    other = Store(copied / "fig9a-cpu", {"experiments": "y"})
+    session = expand(load_figure("fig9a"), load_testbed("cpu"), 1)[0]
+    result = next(run_session(session, ["pass-0"], FakeEngine))
+    other.write_trial(result.session, result.trial, result.facts, result.record)
+    plan = json.loads((bag / "data" / "plan.json").read_text()) | {"identity": other.identity}
+    other.seal({"plan.json": to_json(plan)}, {})
+    result_json = verify(copied)
+    assert result_json["runs"][0]["aside"] == [f"{bag.name} differs in experiments"]
+    assert isinstance(result.record, Record)
