@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory
 # -- variables -----------------------------------------------------------------------------------------------------
 TESTBED ?= auto##    auto (this machine's), or a name in experiments/testbeds
 REPLICATES ?=##      sessions per model, each with its own seed; default: the testbed's
+TRACE ?=##           CSV of request lengths for fig9b; default: what make trace fetched, else a synthetic trace
 OUT ?= artifacts/runs##    where runs go
 ALL ?=##             1: in make verify, a claim that was not run counts as INCONCLUSIVE
 PYTHON ?= python3##  the Python that makes the virtual environment; 3.11 or 3.12
@@ -19,7 +20,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 ENGINE := $(if $(filter-out 0,$(HAS_GPU)),cuda,cpu)
-RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICATES),--replicates $(REPLICATES))
+RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICATES),--replicates $(REPLICATES)) \
+	$(if $(TRACE),--trace $(TRACE))
 
 .PHONY: help
 help: ## list the targets
@@ -73,6 +75,15 @@ smoke: setup ## the smallest real run of the whole path, under 2 minutes
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table
 	@$(RUN) fig9a
 	@$(PY) -m analysis.summary fig9a --testbed $(TESTBED) --runs $(OUT)
+
+.PHONY: fig9b
+fig9b: setup ## Figure 9b, latency against throughput: run or resume, seal, print the table
+	@$(RUN) fig9b
+	@$(PY) -m analysis.summary fig9b --testbed $(TESTBED) --runs $(OUT)
+
+.PHONY: trace
+trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; without it a synthetic one is used
+	@$(PY) -m experiments.workload
 
 .PHONY: verify
 verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from analysis.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill
+from analysis.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill, serving_trials
 from analysis.stats import LEVEL, Sample, holm, replicates_needed
 from experiments.spec import STRICT, read_spec
 
@@ -22,10 +22,11 @@ Chunk = int | Literal["unchunked"]
 class Statistic:
     """Which ratio a claim is about; see claims.yaml."""
 
-    name: Literal["prefill_overhead", "prefill_monotone"]
+    name: Literal["prefill_overhead", "prefill_monotone", "tbt_p99", "ttft_p50"]
     chunk_size: Chunk | None = None
     against: Chunk | None = None
     over: Literal["worst", "geomean"] = "geomean"
+    qps: float | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -81,13 +82,20 @@ PREFILL: Mapping[str, Callable[[pd.DataFrame, Statistic], float]] = {
 
 
 def ratios(run: Run, claim: Claim) -> dict[int, float]:
-    """seed -> the claim's ratio, one per replicate; empty if the run does not hold the claim's model."""
+    """seed -> the claim's ratio, one per replicate; empty if the run does not hold the claim's model or points."""
+    statistic = claim.statistic
+    if run.kind == "serving":
+        trials = serving_trials(run)
+        trials = trials[(trials["model"] == claim.model) & (trials["qps"] == statistic.qps) & ~trials["repeat"]]
+        values = trials.pivot_table(index="seed", columns="chunk_size", values=statistic.name)
+        compared = values[str(statistic.chunk_size)] / values[str(statistic.against)]
+        return {int(str(seed)): float(ratio) for seed, ratio in compared.items()}
     times = prefill_replicates(prefill_times(run))
     times = times[times["model"] == claim.model]
     found = {}
     for seed, rows in times.groupby("seed"):
         table = rows.pivot_table(index="prompt_length", columns="chunk_size", values="seconds")
-        found[int(str(seed))] = PREFILL[claim.statistic.name](table, claim.statistic)
+        found[int(str(seed))] = PREFILL[statistic.name](table, statistic)
     return found
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.load import Run, differing, prefill_times
+from analysis.load import Run, differing, repeat_ratios, serving_trials
 
 NOISE_LIMIT = 0.25  # interquartile range of the probe step over its median, median over sessions
 REPEAT_LIMIT = 1.15  # a session's first trial and its repetition at the end, median over sessions
+LATENESS_SLACK_S = 0.002  # drawing up a request and the loop's own work between two steps
 LOOKS = 2  # a first look and, with more replicates, one last
 
 
@@ -29,30 +30,14 @@ def noise(run: Run) -> float:
     seconds: dict[str, list[float]] = {}
     for trial in run.trials:
         probes = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
-        steps = trial.record.requests.set_index("phase")["first_step"].reindex(probes).dropna()
-        seconds.setdefault(str(trial.facts["session"]), []).extend(trial.record.steps["seconds"].iloc[steps.astype(int)])
+        requests = trial.record.requests
+        steps = requests.loc[requests["phase"].isin(probes) & (requests["first_step"] >= 0), "first_step"]
+        seconds.setdefault(str(trial.facts["session"]), []).extend(trial.record.steps["seconds"].iloc[steps])
     spreads = []
     for values in seconds.values():
         series = pd.Series(values)
         spreads.append((series.quantile(0.75) - series.quantile(0.25)) / series.median())
     return float(pd.Series(spreads).median()) if spreads else math.nan
-
-
-def repeat_ratio(run: Run) -> float:
-    """Time of the first trial's repetition over the first trial's, point by point: median over points and sessions.
-
-    NaN where no session holds both.
-    """
-    times = prefill_times(run)
-    first = times[times["trial"] + "-repeat" == _repeat_of(times)]
-    keys = ["model", "seed", "prompt_length", "chunk_size"]
-    pairs = first.merge(times[times["repeat"]], on=keys, suffixes=("", "_again"))
-    return float((pairs["seconds_again"] / pairs["seconds"]).median()) if len(pairs) else math.nan
-
-
-def _repeat_of(times: pd.DataFrame) -> pd.Series:
-    names = times[times["repeat"]].drop_duplicates(["model", "seed"]).set_index(["model", "seed"])["trial"].rename("again")
-    return times.join(names, on=["model", "seed"])["again"]
 
 
 def _total(run: Run, table: str, column: str) -> int:
@@ -63,6 +48,19 @@ def _finished(run: Run) -> Gate:
     asked, got = _total(run, "requests", "output_tokens"), _total(run, "requests", "generated_tokens")
     cut = sum(trial.record.truncated for trial in run.trials)
     return Gate("requests finished", asked == got and not cut, f"{got} of {asked} tokens received, {cut} trials truncated")
+
+
+def _arrivals(run: Run) -> Gate:
+    """Open loop: a request enters at the first step boundary after its arrival, so it can be late by one step at most."""
+    if run.kind != "serving":
+        return Gate("arrivals kept", True, "one request at a time, no arrivals to keep")
+    late = 0
+    for trial in run.trials:
+        longest = trial.record.steps["seconds"].max()
+        lateness = trial.record.requests["injected_s"] - trial.record.requests["arrival_s"]
+        late += int(lateness.quantile(0.99) > longest + LATENESS_SLACK_S)
+    p99 = serving_trials(run)["lateness_p99"].max()
+    return Gate("arrivals kept", not late, f"{late} trials inject later than their longest step; worst P99 {p99:.3f} s")
 
 
 def _budget(run: Run) -> Gate:
@@ -100,7 +98,7 @@ def _noise(run: Run) -> Gate:
 
 
 def _repeat(run: Run) -> Gate:
-    ratio = repeat_ratio(run)
+    ratio = float(repeat_ratios(run).median())
     ok = 1 / REPEAT_LIMIT <= ratio <= REPEAT_LIMIT
     return Gate("first trial repeated", ok, f"its repetition takes {ratio:.3f} times as long, limit {REPEAT_LIMIT} either way")
 
@@ -124,6 +122,7 @@ def _looks(run: Run) -> Gate:
 
 GATES: tuple[Callable[[Run], Gate], ...] = (
     _finished,
+    _arrivals,
     _budget,
     _cache,
     _preemption,

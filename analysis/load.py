@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from experiments.engine import Record
-from experiments.metrics import prefill_seconds
+from experiments.expand import REPEAT
+from experiments.metrics import of_phase, point_phase, prefill_seconds, serving_metrics
 from experiments.provenance import ROOT
-from experiments.spec import REPEAT, SpecError
+from experiments.spec import SpecError
 from experiments.store import read_trial
 
 REFERENCE = ROOT / "artifacts" / "reference"
@@ -47,8 +48,19 @@ class Run:
     @property
     def title(self) -> str:
         """How tables and figures are labelled: what this was measured on, and at which scale."""
-        scale = f"lengths divided by {self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
-        return f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale})"
+        scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
+        trace = f"; trace {self.trace['name']}" if self.trace else ""
+        return f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})"
+
+    @property
+    def kind(self) -> str:
+        """prefill (Figure 9a) or serving (Figure 9b)."""
+        return str(self.trials[0].facts["kind"])
+
+    @property
+    def trace(self) -> dict[str, Any] | None:
+        """Name, kind and sha256 of the request lengths of a serving run; None for prefill runs."""
+        return next((t.facts["trace"] for t in self.trials if t.facts.get("trace")), None)
 
     @property
     def replicates(self) -> int:
@@ -136,6 +148,43 @@ def prefill_times(run: Run) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def serving_trials(run: Run) -> pd.DataFrame:
+    """Every trial of a Figure 9b run, saturation left out.
+
+    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), chunk_size (text), rate, then metrics.serving_metrics.
+    """
+    rows = []
+    for trial in run.trials:
+        phase = point_phase(trial.facts["phases"])
+        role = trial.facts["phases"][phase]
+        if role["role"] != "point":
+            continue
+        rows.append(
+            {
+                **{key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")},
+                "repeat": trial.repeat,
+                **{key: role[key] for key in ("qps", "rate", "budget")},
+                "chunk_size": chunk_label(role["chunk_size"]),
+                **serving_metrics(of_phase(trial.record, phase)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def repeat_ratios(run: Run) -> pd.Series:
+    """How a session's first trial and its repetition at the end compare: time again / time before, one per point and session.
+
+    Time: of the prefill in 9a, the median gap between tokens in 9b.
+    """
+    if run.kind == "serving":
+        times, keys, value = serving_trials(run), ["model", "seed", "qps", "chunk_size"], "tbt_p50"
+    else:
+        times, keys, value = prefill_times(run), ["model", "seed", "prompt_length", "chunk_size"], "seconds"
+    again = times[times["repeat"]]
+    first = times.assign(trial=times["trial"] + REPEAT).merge(again, on=[*keys, "trial"], suffixes=("", "_again"))
+    return first[f"{value}_again"] / first[value]
 
 
 def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:

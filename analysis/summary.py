@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis.load import Run, load_run, prefill_replicates, prefill_times, published_prefill
+from analysis.load import Run, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
 from experiments.provenance import ROOT
 from experiments.spec import SpecError
 
@@ -36,7 +36,7 @@ def prefill_table(run: Run) -> pd.DataFrame:
     published = published_prefill().set_index(["prompt_length", "chunk_size"])["relative"].rename("published_relative")
     joined = table.reset_index().join(published, on=["prompt_length", "chunk_size"])
     joined.loc[~joined["in_paper"], "published_relative"] = float("nan")
-    order = joined["chunk_size"].map(lambda text: float("inf") if text == "unchunked" else float(text))
+    order = joined["chunk_size"].map(_chunk_order)
     joined = joined.assign(order=order).sort_values(
         ["in_paper", "model", "prompt_length", "order"], ascending=[False, True, True, True]
     )
@@ -64,6 +64,57 @@ def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
     console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
 
 
+SHOWN = ("ttft_p50", "tbt_p99", "scheduling_delay_p50", "normalized_latency_p50", "output_tokens_per_s", "utilisation")
+
+
+def serving_table(run: Run) -> pd.DataFrame:
+    """One row per point of Figure 9b: median, minimum and maximum over replicates of every metric; seconds, tokens."""
+    trials = serving_trials(run)
+    trials = trials[~trials["repeat"]]
+    keys = ["model", "qps", "chunk_size"]
+    metrics = [name for name in trials.columns if name not in {*keys, "in_paper", "seed", "trial", "repeat", "budget"}]
+    table = trials.groupby(keys, sort=False)[metrics].agg(["median", "min", "max"])
+    table.columns = ["_".join(pair).removesuffix("_median") for pair in table.columns.to_flat_index()]
+    table.insert(0, "replicates", trials.groupby(keys, sort=False)["seed"].nunique())
+    order = table.reset_index().assign(order=lambda rows: rows["chunk_size"].map(_chunk_order))
+    return order.sort_values(["model", "qps", "order"]).drop(columns="order").reset_index(drop=True)
+
+
+def _chunk_order(label: str) -> float:
+    return float("inf") if label == "unchunked" else float(label)
+
+
+def show_serving(run: Run, table: pd.DataFrame, console: Console) -> None:
+    """Print the table of Figure 9b with its testbed, scale and trace."""
+    for model, rows in table.groupby("model", sort=False):
+        console.print(f"\n{run.title}\n{model}, median and range of {run.replicates} replicates", soft_wrap=True)
+        view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("QPS", "run at", "chunk", "P50 TTFT ms", "P99 TBT ms", "delay ms", "ms/token", "tokens/s", "busy"):
+            view.add_column(name, justify="right")
+        last = None
+        for row in rows.to_dict("records"):
+            ttft, tbt, delay, normalized, tokens, busy = (row[name] for name in SHOWN)
+            if last not in (None, row["qps"]):
+                view.add_section()
+            last = row["qps"]
+            view.add_row(
+                f"{row['qps']:g}",
+                f"{row['rate']:.2f}",
+                row["chunk_size"],
+                f"{1e3 * ttft:.0f} ({1e3 * row['ttft_p50_min']:.0f}-{1e3 * row['ttft_p50_max']:.0f})",
+                f"{1e3 * tbt:.1f} ({1e3 * row['tbt_p99_min']:.1f}-{1e3 * row['tbt_p99_max']:.1f})",
+                f"{1e3 * delay:.0f}",
+                f"{1e3 * normalized:.0f}",
+                f"{tokens:.0f}",
+                f"{busy:.0%}",
+            )
+        console.print(view)
+    console.print("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
+
+
+TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no finished run."""
     parser = argparse.ArgumentParser(prog="python -m analysis.summary", description=__doc__)
@@ -76,11 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
-        table = prefill_table(run)
+        make_table, show = TABLES[run.kind]
+        table = make_table(run)
         options.report.mkdir(parents=True, exist_ok=True)
         target = options.report / f"{run.figure}-{run.testbed}.csv"
         table.to_csv(target, index=False)
-        show_prefill(run, table, console)
+        show(run, table, console)
         console.print(f"as CSV: {target}")
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -80,6 +80,7 @@ def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None)
             entry |= {"verdict": "INCONCLUSIVE", "reason": reason}
         else:
             found = rules.ratios(run, claim)
+            entry["trace"] = run.trace["name"] if run.trace else None
             judged.append((claim, sample([found[seed] for seed in sorted(found)])))
         decided.append(entry)
     if run is not None and judged:

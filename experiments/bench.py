@@ -17,8 +17,9 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from experiments.engine import Phase, Request
+from experiments.expand import expand
 from experiments.metrics import prefill_seconds
-from experiments.spec import EngineSettings, SpecError, expand, load_figure, load_testbed
+from experiments.spec import EngineSettings, SpecError, load_figure, load_testbed
 
 ROUNDS = 40
 LOOP_TARGET = 1.01  # engine time in our loop / in a bare loop over the same engine

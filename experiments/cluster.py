@@ -8,11 +8,12 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from experiments.expand import Session
 from experiments.session import TrialResult, run_session
-from experiments.spec import EngineSettings, Session, SpecError
+from experiments.spec import EngineSettings, SpecError
+from experiments.workload import Trace
 
 ATTEMPTS = 3  # a session that dies is started again for the trials it still owes, at most this often in all
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
@@ -26,7 +27,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
-def _work(session: Session, owed: Sequence[str]) -> Iterator[TrialResult]:
+def _work(session: Session, owed: Sequence[str], trace: Trace | None) -> Iterator[TrialResult]:
     from experiments.vllm_engine import VllmEngine  # imported here: the driver needs neither vLLM nor torch
 
     _die_with_parent()
@@ -36,7 +37,7 @@ def _work(session: Session, owed: Sequence[str]) -> Iterator[TrialResult]:
         engine.check()
         return engine
 
-    yield from run_session(session, owed, make)
+    yield from run_session(session, owed, make, trace)
 
 
 @contextlib.contextmanager
@@ -44,6 +45,8 @@ def ray_cluster() -> Iterator[Any]:
     """Ray, started for this run and stopped with it, or the cluster of RAY_ADDRESS. Raises SpecError if that is not there."""
     os.environ.update(QUIET)
     import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     address = os.environ.get("RAY_ADDRESS")
     folder = None if address else tempfile.mkdtemp(prefix="chunked-ray-")
@@ -61,6 +64,8 @@ def ray_cluster() -> Iterator[Any]:
             )
     except (ConnectionError, ValueError) as error:
         raise SpecError(f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there ({type(error).__name__})") from None
+    for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
+        signal.signal(number, handler)
     try:
         yield ray
     finally:
@@ -85,18 +90,22 @@ def _options(session: Session, ray: Any) -> dict[str, Any]:
 
 
 def run_sessions(
-    sessions: Sequence[Session], owed: Mapping[str, Sequence[str]], store: Callable[[TrialResult], None]
+    sessions: Sequence[Session],
+    owed: Mapping[str, Sequence[str]],
+    trace: Trace | None,
+    store: Callable[[TrialResult], None],
 ) -> dict[str, str]:
     """Run what is owed, storing each record as it comes. Returns session -> reason for what could not be run."""
     failed: dict[str, str] = {}
     with ray_cluster() as ray:
         remote = ray.remote(max_calls=1)(_work)  # a fresh process each time: one engine, one process
         left = {session.name: list(owed[session.name]) for session in sessions if owed.get(session.name)}
+        shared = ray.put(trace)
         by_name = {session.name: session for session in sessions}
         attempts = dict.fromkeys(left, 1)
 
         def start(name: str) -> Any:
-            return remote.options(**_options(by_name[name], ray)).remote(by_name[name], tuple(left[name]))
+            return remote.options(**_options(by_name[name], ray)).remote(by_name[name], tuple(left[name]), shared)
 
         running = {start(name): name for name in left}  # in the order given: longest first
         while running:
@@ -123,10 +132,3 @@ def _reason(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     last = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {last[-1][:200] if last else 'no message'}"
-
-
-def logs(folder: Path, target: Path) -> None:
-    """Copy the workers' logs out of Ray's folder before it goes."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("session_*/logs/worker-*"):
-        shutil.copy(path, target / path.name)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from experiments.engine import Record
@@ -19,3 +25,85 @@ def prefill_seconds(record: Record) -> pd.Series:
     finished = requests[requests["last_step"] >= 0]
     spent = cumulative.to_numpy()[finished["last_step"]] - before.to_numpy()[finished["first_step"]]
     return pd.Series(spent, index=finished.index).reindex(requests.index)
+
+
+def point_phase(phases: Sequence[Mapping[str, Any]]) -> int:
+    """Which phase of a serving trial is the measured one."""
+    return next(number for number, phase in enumerate(phases) if phase["role"] != "probe")
+
+
+def of_phase(record: Record, phase: int) -> Record:
+    """The part of a record that belongs to one phase: its requests, the steps from its first to its last, its tokens."""
+    requests = record.requests[record.requests["phase"] == phase]
+    first = requests.loc[requests["first_step"] >= 0, "first_step"]
+    later = record.requests.loc[(record.requests["phase"] > phase) & (record.requests["first_step"] >= 0), "first_step"]
+    steps = record.steps.loc[first.min() : later.min() - 1 if len(later) else None] if len(first) else record.steps.iloc[:0]
+    tokens = record.tokens[record.tokens["request"].isin(requests["request"])]
+    return Record(requests, steps, tokens, record.truncated)
+
+
+def request_metrics(record: Record) -> pd.DataFrame:
+    """One row per finished request, indexed by request; seconds.
+
+    ttft                first output token - scheduled arrival (not injection: no coordinated omission)
+    scheduling_delay    start of the first step that holds the request - scheduled arrival
+    latency             last output token - scheduled arrival
+    normalized_latency  latency / output tokens (Yu et al., Orca, OSDI 2022)
+    lateness            injection - scheduled arrival
+    """
+    requests = record.requests[record.requests["last_step"] >= 0].set_index("request")
+    times = record.tokens.groupby("request")["time_s"].agg(["first", "last"]).reindex(requests.index)
+    starts = record.steps["start_s"].reindex(requests["first_step"]).to_numpy()
+    arrival = requests["arrival_s"]
+    latency = times["last"] - arrival
+    return pd.DataFrame(
+        {
+            "ttft": times["first"] - arrival,
+            "scheduling_delay": starts - arrival,
+            "latency": latency,
+            "normalized_latency": latency / requests["generated_tokens"],
+            "lateness": requests["injected_s"] - arrival,
+        }
+    )
+
+
+def tbt(record: Record) -> npt.NDArray[np.float64]:
+    """Gaps between consecutive output tokens of the same request, seconds, all requests together (also called ITL)."""
+    times = record.tokens.sort_values(["request", "time_s"], kind="stable")
+    gaps: npt.NDArray[np.float64] = np.diff(times["time_s"].to_numpy(dtype=np.float64))
+    same: npt.NDArray[np.bool_] = np.diff(times["request"].to_numpy()) == 0
+    kept: npt.NDArray[np.float64] = gaps[same]
+    return kept
+
+
+def duration(record: Record) -> float:
+    """Seconds from the first scheduled arrival to the last output token; NaN without tokens."""
+    return float(record.tokens["time_s"].max() - record.requests["arrival_s"].min())
+
+
+def serving_metrics(record: Record) -> dict[str, float]:
+    """The metrics of a serving trial's measured phase; seconds, tokens, requests per second.
+
+    tbt_p99, ttft_p50 and their like: percentiles, linear interpolation. utilisation: time in steps / duration.
+    """
+    requests, gaps, seconds = request_metrics(record), tbt(record), duration(record)
+    values = {"requests": float(len(requests)), "duration": seconds}
+    for name, sample in (("ttft", requests["ttft"]), ("tbt", gaps), ("scheduling_delay", requests["scheduling_delay"])):
+        for percent in (50, 90, 99):
+            values[f"{name}_p{percent}"] = float(np.percentile(sample, percent)) if len(sample) else math.nan
+    values["normalized_latency_p50"] = float(requests["normalized_latency"].median())
+    values["lateness_p99"] = float(np.percentile(requests["lateness"], 99)) if len(requests) else math.nan
+    values["output_tokens_per_s"] = len(record.tokens) / seconds
+    values["requests_per_s"] = len(requests) / seconds
+    values["utilisation"] = float(record.steps["seconds"].sum()) / seconds
+    return values
+
+
+def saturation_throughput(record: Record) -> float:
+    """Requests finished per second while the engine is full: the middle three fifths of the finishing times.
+
+    All requests arrive at once; the start, when none can be finished, and the end, when the batch runs empty, are left out.
+    """
+    finished = np.sort(record.tokens.groupby("request")["time_s"].max().to_numpy())
+    low, high = round(0.2 * len(finished)), round(0.8 * len(finished)) - 1
+    return float((high - low) / (finished[high] - finished[low]))

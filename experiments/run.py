@@ -18,10 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import doctor
+from experiments.expand import SATURATION, Session, expand, saturation_sessions
+from experiments.metrics import of_phase, point_phase, saturation_throughput
 from experiments.provenance import ROOT, commit, identity, packages
 from experiments.session import TrialResult
-from experiments.spec import FIGURES, TESTBEDS, Figure, Session, SpecError, Testbed, expand, load_figure
-from experiments.store import Run, to_json
+from experiments.spec import FIGURES, TESTBEDS, Figure, ServingFigure, SpecError, Testbed, load_figure
+from experiments.store import Run, read_trial, to_json
+from experiments.workload import Trace, choose_trace
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,25 +37,44 @@ def spec_path(name: str, folder: Path) -> Path:
 class Plan:
     """A figure on a testbed, with what is done and what is owed."""
 
-    def __init__(self, figure_name: str, testbed_name: str, replicates: int | None, out: Path) -> None:
+    def __init__(
+        self, figure_name: str, testbed_name: str, replicates: int | None, out: Path, trace: str | None = None
+    ) -> None:
         self.figure: Figure = load_figure(figure_name)
         self.testbed: Testbed
         self.testbed, self.reason = doctor.choose_testbed(testbed_name, out)
-        self.sessions: list[Session] = expand(self.figure, self.testbed, replicates)
+        self.replicates = replicates
         self.figure_path = spec_path(figure_name, FIGURES)
-        named = testbed_name if testbed_name != "auto" else self.testbed.testbed
-        self.testbed_path = spec_path(named, TESTBEDS)
-        self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", identity(self.figure_path, self.testbed_path, {}))
+        self.testbed_path = spec_path(testbed_name if testbed_name != "auto" else self.testbed.testbed, TESTBEDS)
+        self.trace: Trace | None = None
+        if isinstance(self.figure, ServingFigure):
+            self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
+        inputs = {"trace": self.trace.sha256} if self.trace else {}
+        made_of = identity(self.figure_path, self.testbed_path, inputs)
+        self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", made_of)
+        self.saturation = saturation_sessions(self.figure, self.testbed)
+        self.sessions = self.expand()
+
+    def expand(self) -> list[Session]:
+        """The sessions; those that measure the saturation throughput come apart, first."""
+        measured = {}
+        for session in self.saturation:
+            if path := self.run.find(session.name, SATURATION):
+                facts, record = read_trial(path)
+                measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
+        return expand(self.figure, self.testbed, self.replicates, measured)
 
     def owed(self) -> dict[str, list[str]]:
         """Session -> trials that are not there yet."""
         done = self.run.complete()
-        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in self.sessions}
+        every = [*self.saturation, *self.sessions]
+        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in every}
         return {name: trials for name, trials in missing.items() if trials}
 
     def seconds(self, owed: dict[str, list[str]]) -> float:
         """Rough duration of what is owed, one session after the other."""
-        return sum(s.estimate_s * len(owed[s.name]) / len(s.trials) for s in self.sessions if s.name in owed)
+        every = [*self.saturation, *self.sessions]
+        return sum(s.estimate_s * len(owed[s.name]) / len(s.trials) for s in every if s.name in owed)
 
     def describe(self) -> dict[str, Any]:
         """The plan as data: what the run will be, for people's scripts and for the bag."""
@@ -65,19 +87,21 @@ class Plan:
             "scale": self.testbed.scale,
             "identity": self.run.identity,
             "commit": commit(),
-            "sessions": {s.name: [t.name for t in s.trials] for s in self.sessions},
+            "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
+            "sessions": {s.name: [t.name for t in s.trials] for s in (*self.saturation, *self.sessions)},
             "not_run": [p.model for p in self.figure.panels if p.model not in self.testbed.models],
         }
 
     def __str__(self) -> str:
         owed = self.owed()
-        trials = sum(len(s.trials) for s in self.sessions)
+        trials = sum(len(s.trials) for s in (*self.saturation, *self.sessions))
         per_model = Counter(s.model for s in self.sessions)
         lines = [
             f"figure    {self.figure.figure}: {self.figure.title}",
             f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
             *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in per_model.items()),
             *(f"model     {model}: not on this testbed" for model in self.describe()["not_run"]),
+            *([f"trace     {self.trace.name} ({self.trace.kind}, {len(self.trace.prompt):,} requests)"] if self.trace else []),
             f"trials    {trials} in all, {sum(map(len, owed.values()))} to run",
             f"estimate  {self.seconds(owed) / 60:.1f} min of compute, {trials * 0.05:.1f} MB of disk; nothing to attend to",
             f"outputs   {self.run.folder}",
@@ -85,23 +109,50 @@ class Plan:
         return "\n".join(lines)
 
 
-def progress_bar() -> Progress:
-    """A bar with remaining time on a terminal; plain lines are printed instead where there is none."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+class Ticker:
+    """Progress of a run: a bar with the remaining time on a terminal, a line per trial elsewhere."""
+
+    def __init__(self, label: str, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console) if console.is_terminal else None
+        self.task = self.progress.add_task(label, total=total) if self.progress else None
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    def __enter__(self) -> Ticker:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def tick(self, what: str) -> None:
+        """One trial more is stored."""
+        self.done += 1
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, advance=1, description=what)
+        else:
+            left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+            console.print(f"[{self.done}/{self.total}] {what}, about {left / 60:.1f} min left")
 
 
 def execute(plan: Plan) -> int:
     """Run what is owed and seal the run. 0 complete, 1 something is missing."""
     with plan.run.locked():
         owed = plan.owed()
-        total = sum(map(len, owed.values()))
         failed: dict[str, str] = {}
         if not owed and not plan.run.open.exists():
             console.print(f"complete already: {', '.join(str(bag) for bag in plan.run.bags())}; nothing to do")
             return 0
         if owed:
-            failed = _run_owed(plan, owed, total)
+            failed = _run_owed(plan, owed)
         for name, reason in failed.items():
             console.print(f"missing: {name}: {reason}")
         if failed:
@@ -111,23 +162,21 @@ def execute(plan: Plan) -> int:
     return 0
 
 
-def _run_owed(plan: Plan, owed: dict[str, list[str]], total: int) -> dict[str, str]:
+def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
+    """Saturation first, where it is owed: the rates of everything else rest on it."""
     from experiments.cluster import run_sessions
 
-    began, done = time.monotonic(), 0
-    with progress_bar() as progress:
-        task = progress.add_task(plan.figure.figure, total=total)
+    with Ticker(plan.figure.figure, sum(map(len, owed.values()))) as ticker:
 
         def store(result: TrialResult) -> None:
-            nonlocal done
             plan.run.write_trial(result.session, result.trial, result.facts, result.record)
-            done += 1
-            progress.update(task, advance=1, description=f"{result.session} {result.trial}")
-            if not console.is_terminal:
-                left = (time.monotonic() - began) / done * (total - done)
-                console.print(f"[{done}/{total}] {result.session} {result.trial}, about {left / 60:.1f} min left")
+            ticker.tick(f"{result.session} {result.trial}")
 
-        return run_sessions(plan.sessions, owed, store)
+        failed = {}
+        if any(session.name in owed for session in plan.saturation):
+            failed = run_sessions(plan.saturation, owed, plan.trace, store)
+            plan.sessions = plan.expand()
+        return failed or run_sessions(plan.sessions, owed, plan.trace, store)
 
 
 def _seal(plan: Plan) -> str:
@@ -142,7 +191,7 @@ def _seal(plan: Plan) -> str:
         "figure.yaml": plan.figure_path.read_text(),
         "testbed.yaml": plan.testbed_path.read_text(),
         "packages.json": to_json(packages()),
-        "settings.json": to_json({session.name: asdict(session.engine) for session in plan.sessions}),
+        "settings.json": to_json({s.name: asdict(s.engine) for s in (*plan.saturation, *plan.sessions)}),
     }
     if facts:
         times = [stamp for fact in facts for stamp in (fact["started"], fact["ended"])]
@@ -168,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--testbed", default="auto")
     parser.add_argument("--replicates", type=int)
     parser.add_argument("--out", type=Path, default=ROOT / "artifacts" / "runs")
+    parser.add_argument("--trace", help="CSV of request lengths, columns num_prefill_tokens and num_decode_tokens")
     parser.add_argument("--plan", action="store_true", help="print what would be run; start nothing")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
@@ -175,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.figure == "doctor":
             console.print(doctor.report(options.out))
             return 0
-        plan = Plan(options.figure, options.testbed, options.replicates, options.out)
+        plan = Plan(options.figure, options.testbed, options.replicates, options.out, options.trace)
         console.print(str(plan))
         return 0 if options.plan else execute(plan)
     except SpecError as error:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from experiments.engine import Engine, Phase, Record, Request
+from experiments.expand import SATURATION, LoadPoint, Point, Session, Trial
 from experiments.provenance import machine
-from experiments.spec import EngineSettings, Session, Trial
+from experiments.spec import EngineSettings, SpecError
+from experiments.workload import Trace, serving_requests
 
 PROBES = 3  # a fixed step, repeated at the start of every trial: its spread is the machine's noise
-TIME_LIMIT_S = 180 * 60.0  # the original's; a trial cut by it is marked truncated
 
 
 @dataclass(frozen=True)
@@ -32,39 +33,62 @@ def probe(settings: EngineSettings) -> Phase:
     return Phase(settings.max_budget, (Request(0.0, tokens, 1),))
 
 
-def phases_of(session: Session, trial: Trial) -> tuple[list[Phase], list[dict[str, Any]]]:
-    """The phases of a trial and, in the same order, what each one is."""
+def phases_of(session: Session, trial: Trial, trace: Trace | None) -> tuple[list[Phase], list[dict[str, Any]]]:
+    """The phases of a trial and, in the same order, what each one is. `trace` is needed for serving figures only."""
     phases = [probe(session.engine)] * PROBES
     roles: list[dict[str, Any]] = [{"role": "probe"}] * PROBES
     for point in trial.points:
-        request = Request(0.0, point.prompt_tokens, 1, seed=session.seed)
-        phases.append(Phase(point.budget, (request,)))
-        roles.append({"role": "point", **asdict(point)})
+        if isinstance(point, Point):
+            requests: tuple[Request, ...] = (Request(0.0, point.prompt_tokens, 1, seed=session.seed),)
+        else:
+            requests = _load(session, point, trace)
+        phases.append(Phase(point.budget, requests))
+        roles.append({"role": SATURATION if trial.name == SATURATION else "point", **asdict(point)})
     return phases, roles
 
 
+def _load(session: Session, point: LoadPoint, trace: Trace | None) -> tuple[Request, ...]:
+    """The requests of a serving point; with rate 0 all arrive at once."""
+    if trace is None:
+        raise SpecError(f"{session.figure}: a trace is needed")
+    rate = point.rate or 1.0
+    requests = serving_requests(trace, rate, point.requests, session.seed, point.max_total, session.scale)
+    return requests if point.rate else tuple(replace(request, arrival_s=0.0) for request in requests)
+
+
 def warm_up(session: Session) -> list[Phase]:
-    """Every chunk size once on the longest prompt, so that no measured step is the first of its shape."""
+    """Every chunk size once at the largest size it will meet, so that no measured step is the first of its shape.
+
+    Prefill figures: the longest prompt. Serving figures: a full batch of prompts of one chunk each, and a few decodes.
+    """
     points = [point for trial in session.trials for point in trial.points]
-    longest = max(point.prompt_tokens for point in points)
     budgets = sorted({point.budget for point in points})
-    return [Phase(budget, (Request(0.0, longest, 1),)) for budget in budgets] + [probe(session.engine)]
+    longest = [point.prompt_tokens for point in points if isinstance(point, Point)]
+    if longest:
+        return [Phase(budget, (Request(0.0, max(longest), 1),)) for budget in budgets]
+    tokens = min(budgets)
+    return [
+        Phase(budget, tuple(Request(0.0, tokens, 4, seed=n) for n in range(session.engine.max_batch))) for budget in budgets
+    ]
 
 
 def run_session(
-    session: Session, owed: Collection[str], make_engine: Callable[[EngineSettings], Engine]
+    session: Session,
+    owed: Collection[str],
+    make_engine: Callable[[EngineSettings], Engine],
+    trace: Trace | None = None,
 ) -> Iterator[TrialResult]:
     """Run the trials named in `owed`, in the session's order. Yields each result as soon as it is there."""
     process = uuid.uuid4().hex[:12]
     engine = make_engine(session.engine)
     try:
-        engine.run(warm_up(session), TIME_LIMIT_S)
+        engine.run(warm_up(session), session.time_limit_s)
         for trial in session.trials:
             if trial.name not in owed:
                 continue
-            phases, roles = phases_of(session, trial)
+            phases, roles = phases_of(session, trial, trace)
             started = datetime.now(UTC)
-            record = engine.run(phases, TIME_LIMIT_S)
+            record = engine.run(phases, session.time_limit_s)
             facts = {
                 "figure": session.figure,
                 "kind": session.kind,
@@ -75,6 +99,7 @@ def run_session(
                 "seed": session.seed,
                 "process": process,
                 "phases": roles,
+                "trace": {"name": trace.name, "kind": trace.kind, "sha256": trace.sha256} if trace else None,
                 "settings": asdict(session.engine),
                 "engine": dict(engine.facts),
                 "machine": machine(),

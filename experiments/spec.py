@@ -1,4 +1,4 @@
-"""What to measure: figure x testbed -> sessions -> trials -> points.
+"""What to measure and where: figures and testbeds, read from YAML into frozen dataclasses.
 
 Figures hold the science in the paper's units; testbeds hold the machine and may divide every length by `scale`.
 Both are strict: an unknown key, a wrong type or an impossible value is a SpecError of one line.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
-from collections.abc import Hashable, Sequence
-from dataclasses import field
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +19,6 @@ from pydantic.dataclasses import dataclass
 PACKAGE = Path(__file__).resolve().parent
 FIGURES, TESTBEDS, MODELS = PACKAGE / "figures", PACKAGE / "testbeds", PACKAGE / "models"
 STRICT = ConfigDict(extra="forbid", strict=True)
-REPEAT = "-repeat"  # suffix of the first trial when it is run again at the end of its session
 
 
 class SpecError(ValueError):
@@ -73,7 +70,36 @@ class PrefillFigure:
     replicates: Count | None = None  # None: the testbed's
 
 
-Figure = PrefillFigure
+@dataclass(frozen=True, config=STRICT)
+class ServingPanel:
+    """One model of Figure 9b. Chunk sizes in tokens, QPS in requests per second."""
+
+    model: Name
+    tensor_parallel: Count
+    in_paper: bool
+    chunk_sizes: ChunkSizes
+    qps: Annotated[tuple[Amount, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ServingFigure:
+    """Requests of a trace arriving as a Poisson process, whatever the engine is doing (open loop)."""
+
+    figure: Name
+    title: str
+    source: str
+    kind: Literal["serving"]
+    requests: Count
+    max_batch: Count
+    max_model_len: Count
+    time_limit_s: Amount
+    seeds: Counts
+    panels: Annotated[tuple[ServingPanel, ...], Field(min_length=1)]
+    replicates: Count | None = None
+
+
+Figure = PrefillFigure | ServingFigure
+KINDS: dict[object, type[PrefillFigure] | type[ServingFigure]] = {"prefill": PrefillFigure, "serving": ServingFigure}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -97,6 +123,22 @@ class Estimate:
     token_s: Amount
 
 
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Serving:
+    """How Figure 9b is mapped to a machine that is not the paper's.
+
+    The figure's QPS, from low to high, become these fractions of the saturation throughput measured there; a trial's arrivals
+    last about `trial_seconds`.
+    """
+
+    load_fractions: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    trial_seconds: Amount
+    time_limit_s: Amount
+
+
 @dataclass(frozen=True, config=STRICT)
 class Testbed:
     """A machine and how the figures are mapped to it."""
@@ -117,6 +159,8 @@ class Testbed:
     kv_cache_gib: Amount | None = None
     gpu_memory_utilization: Amount | None = None
     max_prompt_length: Count | None = None
+    serving: Serving | None = None  # None: the paper's QPS and number of requests
+    switch_chunk_size: bool = True  # False: Figure 9b takes a fresh engine for each chunk size
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -134,41 +178,6 @@ class EngineSettings:
     threads: int | None
     kv_cache_gib: float | None
     gpu_memory_utilization: float | None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting that is measured, in the paper's units; `prompt_tokens` and `budget` are what is run, in tokens."""
-
-    prompt_length: int
-    chunk_size: int | None
-    prompt_tokens: int
-    budget: int
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a session runs and stores at a time: points in the order they are run."""
-
-    name: str
-    points: tuple[Point, ...]
-
-
-@dataclass(frozen=True)
-class Session:
-    """One fresh engine process with one model loaded, for one model and seed."""
-
-    name: str
-    figure: str
-    kind: str
-    testbed: str
-    model: str
-    in_paper: bool
-    scale: int
-    seed: int
-    engine: EngineSettings
-    trials: tuple[Trial, ...] = field(repr=False)
-    estimate_s: float = 0.0
 
 
 T = TypeVar("T")
@@ -206,9 +215,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_spec(path: Path, shape: type[T]) -> T:
-    """Read a YAML file into a frozen dataclass. Raises SpecError naming file, key, value and what is allowed."""
-    data = read_yaml(path)
+def read_spec(path: Path, shape: type[T], data: dict[str, Any] | None = None) -> T:
+    """A YAML file, or what was read of it, as a frozen dataclass. Raises SpecError: file, key, value, what is allowed."""
+    data = read_yaml(path) if data is None else data
     try:  # through JSON, in which pydantic's strict mode still takes a mapping for a dataclass and a list for a tuple
         return TypeAdapter(shape).validate_json(json.dumps(data, default=str))
     except ValueError as error:
@@ -233,7 +242,11 @@ def _first_problem(error: ValidationError, shape: type) -> str:
 def load_figure(name: str) -> Figure:
     """The figure of that name, or of that YAML path. Raises SpecError."""
     path = Path(name) if name.endswith(".yaml") else FIGURES / f"{name}.yaml"
-    return read_spec(path, PrefillFigure)
+    data = read_yaml(path)
+    kind = data.get("kind", "prefill")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise SpecError(f"{path}: kind: got {kind!r}; allowed: {', '.join(map(str, KINDS))}")
+    return read_spec(path, KINDS[kind], data)
 
 
 def load_testbed(name: str) -> Testbed:
@@ -250,105 +263,3 @@ def load_model(name: str) -> dict[str, Any]:
         raise SpecError(f"models: unknown model {name!r}; there are: {known}")
     config = json.loads(path.read_text())
     return {key: value for key, value in config.items() if key != "_source"}
-
-
-def _scaled(value: int, testbed: Testbed, what: str) -> int:
-    if value % testbed.scale or value < testbed.scale:
-        raise SpecError(f"{what}: got {value}, which the scale of testbed {testbed.testbed} ({testbed.scale}) does not divide")
-    return value // testbed.scale
-
-
-def _points(panel: PrefillPanel, testbed: Testbed, figure: Figure) -> list[Point]:
-    where = f"{figure.figure}: {panel.model}"
-    lengths = [n for n in panel.prompt_lengths if n <= (testbed.max_prompt_length or n)]
-    if not lengths:
-        raise SpecError(
-            f"{where}: no prompt length is within max_prompt_length {testbed.max_prompt_length} of {testbed.testbed}"
-        )
-    if min(lengths) < 2 * testbed.scale or max(lengths) > figure.max_model_len:
-        raise SpecError(
-            f"{where}.prompt_lengths: got {lengths}; allowed: {2 * testbed.scale} to max_model_len ({figure.max_model_len})"
-        )
-    unchunked = max(lengths)
-    points = []
-    for length in lengths:
-        for chunk_size in panel.chunk_sizes:
-            budget = _scaled(chunk_size or unchunked, testbed, f"{where}.chunk_sizes")
-            points.append(Point(length, chunk_size, _scaled(length, testbed, f"{where}.prompt_lengths") - 1, budget))
-    smallest = min(point.budget for point in points)
-    if smallest < figure.max_batch // testbed.scale:
-        raise SpecError(
-            f"{where}.chunk_sizes: got {smallest * testbed.scale}; allowed: at least max_batch ({figure.max_batch}), "
-            "or decodes alone could fill a step and starve the rest"
-        )
-    return points
-
-
-def _passes(points: Sequence[Point], figure: Figure, label: str) -> tuple[Trial, ...]:
-    """Randomised passes over all points; the first is repeated at the end, so that an order effect shows."""
-    order = random.Random(label)
-    trials = [Trial(f"pass-{n}", tuple(order.sample(points, len(points)))) for n in range(figure.requests_per_point)]
-    return (*trials, Trial(trials[0].name + REPEAT, trials[0].points))
-
-
-def _estimate(trials: Sequence[Trial], testbed: Testbed) -> float:
-    """Seconds of a session, from the testbed's rough costs: load + steps + prompt tokens."""
-    cost = testbed.estimate
-    seconds = cost.load_s
-    for point in (point for trial in trials for point in trial.points):
-        seconds += -(-point.prompt_tokens // point.budget) * cost.step_s + point.prompt_tokens * cost.token_s
-    return seconds
-
-
-def expand(figure: Figure, testbed: Testbed, replicates: int | None = None) -> list[Session]:
-    """All sessions of a figure on a testbed, longest first. Raises SpecError for what cannot be run."""
-    count = replicates if replicates is not None else figure.replicates or testbed.replicates
-    if not 1 <= count <= len(figure.seeds):
-        raise SpecError(f"replicates: got {count}; allowed: 1 to {len(figure.seeds)}, the seeds of {figure.figure}")
-    if len(set(figure.seeds)) != len(figure.seeds):
-        raise SpecError(f"{figure.figure}.seeds: got a seed twice; allowed: different seeds, or replicates are not independent")
-    sessions = []
-    for panel in figure.panels:
-        if panel.model not in testbed.models:
-            continue
-        shape = load_model(testbed.models[panel.model])
-        tensor_parallel = testbed.tensor_parallel or panel.tensor_parallel
-        if shape["num_key_value_heads"] % tensor_parallel:
-            raise SpecError(f"{testbed.testbed}: tensor_parallel {tensor_parallel} does not divide {panel.model}'s KV heads")
-        points = _points(panel, testbed, figure)
-        settings = EngineSettings(
-            platform=testbed.platform,
-            model=testbed.models[panel.model],
-            tensor_parallel=tensor_parallel,
-            dtype=testbed.dtype,
-            weights=testbed.weights,
-            max_budget=max(point.budget for point in points),
-            max_batch=max(1, figure.max_batch // testbed.scale),
-            max_model_len=max(point.prompt_tokens for point in points) + 1,
-            threads=testbed.threads,
-            kv_cache_gib=testbed.kv_cache_gib,
-            gpu_memory_utilization=testbed.gpu_memory_utilization,
-        )
-        for seed in figure.seeds[:count]:
-            name = f"{panel.model}-seed{seed}"
-            trials = _passes(points, figure, f"{figure.figure}/{name}")
-            sessions.append(
-                Session(
-                    name=name,
-                    figure=figure.figure,
-                    kind=figure.kind,
-                    testbed=testbed.testbed,
-                    model=panel.model,
-                    in_paper=panel.in_paper,
-                    scale=testbed.scale,
-                    seed=seed,
-                    engine=settings,
-                    trials=trials,
-                    estimate_s=_estimate(trials, testbed),
-                )
-            )
-    if not sessions:
-        raise SpecError(
-            f"{testbed.testbed}.models: none of {figure.figure}'s models ({', '.join(p.model for p in figure.panels)})"
-        )
-    return sorted(sessions, key=lambda session: -session.estimate_s)

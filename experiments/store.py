@@ -96,6 +96,11 @@ class Run:
                 path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=self.open)) / path.name)
         return done
 
+    def find(self, session: str, trial: str) -> Path | None:
+        """Where a trial lies, sealed or not; None if it is not there."""
+        places = [*(bag / "data" for bag in self.bags()), self.open]
+        return next((path for place in places if trial_is_whole(path := place / "trials" / session / trial)), None)
+
     def write_trial(self, session: str, trial: str, facts: Mapping[str, Any], record: Record) -> Path:
         """Store a trial atomically: files, then manifest, then the rename that makes it count."""
         self.open.mkdir(parents=True, exist_ok=True)

@@ -145,10 +145,13 @@ def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
     return Trace("synthetic-sharegpt", digest, prompt, output, "synthetic")
 
 
-def choose_trace(trace_file: str | None, fetched: Path = FETCHED) -> Trace:
-    """The user's file if one is given, else the fetched trace if it is there, else the synthetic one. Raises SpecError."""
+def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int | None = None) -> Trace:
+    """The user's file if one is given, else the fetched trace if it is there, else the synthetic one.
+
+    max_total: what the model allows for prompt + output; a longer row of the user's file is an error. Raises SpecError.
+    """
     if trace_file:
-        return load_trace(Path(trace_file))
+        return load_trace(Path(trace_file), max_total)
     if not fetched.is_file():
         return synthetic_trace()
     digest, expected = hashlib.sha256(fetched.read_bytes()).hexdigest(), read_spec(SOURCE, TraceSource).sha256

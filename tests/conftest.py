@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.expand import Session, expand
 from experiments.provenance import ROOT
-from experiments.spec import Session, expand, load_figure, load_testbed
+from experiments.spec import load_figure, load_testbed
 
 
 @pytest.fixture(scope="session")

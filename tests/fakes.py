@@ -10,8 +10,9 @@ from typing import Any
 
 from analysis.load import Run, TrialRecord
 from experiments.engine import Phase, Record, Recorder
+from experiments.expand import expand
 from experiments.session import run_session
-from experiments.spec import EngineSettings, expand, load_figure, load_testbed
+from experiments.spec import EngineSettings, load_figure, load_testbed
 
 Factor = Callable[[int, int], float]  # (prompt tokens, chunk size in tokens) -> relative cost
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from fakes import FakeEngine
 
+from experiments.expand import Session
 from experiments.metrics import prefill_seconds
 from experiments.session import PROBES, phases_of, run_session
-from experiments.spec import EngineSettings, Session
+from experiments.spec import EngineSettings
 
 
 def test_a_session_loads_once_warms_up_and_runs_what_is_owed(smoke_session: Session) -> None:

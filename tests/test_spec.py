@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.expand import expand
 from experiments.provenance import ROOT
-from experiments.spec import FIGURES, MODELS, TESTBEDS, SpecError, expand, load_figure, load_model, load_testbed
+from experiments.spec import FIGURES, MODELS, TESTBEDS, SpecError, load_figure, load_model, load_testbed
 
 GOOD = yaml.safe_load((FIGURES / "fig9a.yaml").read_text())
 GOOD_TESTBED = yaml.safe_load((TESTBEDS / "cpu.yaml").read_text())

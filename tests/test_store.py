@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from fakes import FakeEngine
 
+from experiments.expand import Session
 from experiments.provenance import ROOT
 from experiments.session import run_session
-from experiments.spec import Session, SpecError
+from experiments.spec import SpecError
 from experiments.store import FILES, MANIFEST, Run, read_trial, trial_is_whole
 
 IDENTITY = {"experiments": "a", "figure": "b"}
@@ -112,7 +113,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from fakes import FakeEngine
-from experiments.spec import expand, load_figure, load_testbed
+from experiments.expand import expand
+from experiments.spec import load_figure, load_testbed
 from experiments.session import run_session
 from experiments.store import Run
 session = expand(load_figure("smoke"), load_testbed("cpu"))[0]

@@ -17,9 +17,10 @@ from analysis.claims import load_claims, published_verdict
 from analysis.load import Run, TrialRecord
 from analysis.verify import decide, overall, verify
 from experiments.engine import Record
+from experiments.expand import expand
 from experiments.provenance import ROOT
 from experiments.session import run_session
-from experiments.spec import SpecError, expand, load_figure, load_testbed
+from experiments.spec import SpecError, load_figure, load_testbed
 from experiments.store import Run as Store
 from experiments.store import to_json
 

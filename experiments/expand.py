@@ -1,0 +1,257 @@
+"""Figure x testbed -> sessions -> trials -> points, in the units of the machine. Pure: nothing is run here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from experiments.spec import (
+    EngineSettings,
+    Figure,
+    PrefillFigure,
+    PrefillPanel,
+    ServingFigure,
+    ServingPanel,
+    SpecError,
+    Testbed,
+    load_model,
+)
+
+REPEAT = "-repeat"  # suffix of the first trial when it is run again at the end of its session
+SATURATION = "saturation"  # the trial that measures a model's saturation throughput
+SATURATION_REQUESTS = 96
+FEWEST_REQUESTS = 30  # below this a P99 of gaps or a median of TTFT says nothing
+
+
+@dataclass(frozen=True)
+class Point:
+    """One (prompt length, chunk size) of 9a in the paper's units; `prompt_tokens` and `budget` are what is run, in tokens."""
+
+    prompt_length: int
+    chunk_size: int | None
+    prompt_tokens: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class LoadPoint:
+    """One (QPS, chunk size) of 9b in the paper's units; `rate` (requests per second) and `budget` (tokens) are what is run.
+
+    qps 0 and rate 0 stand for saturation: all requests arrive at once.
+    """
+
+    qps: float
+    chunk_size: int | None
+    rate: float
+    budget: int
+    requests: int
+    max_total: int  # tokens of prompt and output together, in the paper's units
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a session runs and stores at a time: points in the order they are run."""
+
+    name: str
+    points: tuple[Point | LoadPoint, ...]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One fresh engine process with one model loaded, for one model and seed."""
+
+    name: str
+    figure: str
+    kind: str
+    testbed: str
+    model: str
+    in_paper: bool
+    scale: int
+    seed: int
+    engine: EngineSettings
+    trials: tuple[Trial, ...] = field(repr=False)
+    time_limit_s: float = 10800.0  # of a trial, the original's three hours
+    estimate_s: float = 0.0
+
+
+def expand(
+    figure: Figure, testbed: Testbed, replicates: int | None = None, saturation: Mapping[str, float] | None = None
+) -> list[Session]:
+    """All sessions of a figure on a testbed, longest first.
+
+    saturation: model -> requests per second, for a serving figure on a testbed that maps QPS to fractions of it; None leaves
+    the rates at 0, good for plans only. Raises SpecError for what cannot be run.
+    """
+    count = replicates if replicates is not None else figure.replicates or testbed.replicates
+    if not 1 <= count <= len(figure.seeds):
+        raise SpecError(f"replicates: got {count}; allowed: 1 to {len(figure.seeds)}, the seeds of {figure.figure}")
+    if len(set(figure.seeds)) != len(figure.seeds):
+        raise SpecError(f"{figure.figure}.seeds: got a seed twice; allowed: different seeds, or replicates are not independent")
+    sessions: list[Session] = []
+    for panel in figure.panels:
+        if panel.model in testbed.models:
+            for seed in figure.seeds[:count]:
+                sessions += _panel_sessions(figure, panel, testbed, seed, saturation)
+    if not sessions:
+        wanted = ", ".join(panel.model for panel in figure.panels)
+        raise SpecError(f"{testbed.testbed}.models: none of {figure.figure}'s models ({wanted})")
+    return sorted(sessions, key=lambda session: -session.estimate_s)
+
+
+def saturation_sessions(figure: Figure, testbed: Testbed) -> list[Session]:
+    """One session per model, to measure its saturation throughput at the smallest chunk size; none where it is not needed."""
+    if not isinstance(figure, ServingFigure) or testbed.serving is None:
+        return []
+    sessions = []
+    for panel in (panel for panel in figure.panels if panel.model in testbed.models):
+        chunk_size = min(panel.chunk_sizes, key=lambda size: size or figure.max_model_len)
+        budget = _budget(chunk_size, figure.max_model_len, testbed, f"{figure.figure}: {panel.model}")
+        point = LoadPoint(0.0, chunk_size, 0.0, budget, min(SATURATION_REQUESTS, figure.requests), figure.max_model_len)
+        trials = (Trial(SATURATION, (point,)),)
+        sessions.append(_session(figure, panel, testbed, figure.seeds[0], trials, f"{panel.model}-{SATURATION}"))
+    return sessions
+
+
+def _panel_sessions(
+    figure: Figure, panel: PrefillPanel | ServingPanel, testbed: Testbed, seed: int, saturation: Mapping[str, float] | None
+) -> list[Session]:
+    """The sessions of one model and seed: one, or one per chunk size where the engine must not switch it."""
+    name = f"{panel.model}-seed{seed}"
+    if isinstance(figure, PrefillFigure) and isinstance(panel, PrefillPanel):
+        points = _prefill_points(panel, testbed, figure)
+        order = random.Random(f"{figure.figure}/{name}")
+        passes = [Trial(f"pass-{n}", tuple(order.sample(points, len(points)))) for n in range(figure.requests_per_point)]
+        return [_session(figure, panel, testbed, seed, _repeated(passes), name)]
+    assert isinstance(figure, ServingFigure)
+    assert isinstance(panel, ServingPanel)
+    trials = _serving_trials(panel, testbed, figure, (saturation or {}).get(panel.model, 0.0))
+    if testbed.switch_chunk_size:
+        order = random.Random(f"{figure.figure}/{name}")
+        return [_session(figure, panel, testbed, seed, _repeated(order.sample(trials, len(trials))), name)]
+    sessions = []
+    for chunk_size in panel.chunk_sizes:
+        own = [trial for trial in trials if trial.points[0].chunk_size == chunk_size]
+        sessions.append(_session(figure, panel, testbed, seed, _repeated(own), f"{name}-chunk{chunk_size or 'none'}"))
+    return sessions
+
+
+def _repeated(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """The trials, the first once more at the end, so that an order effect shows."""
+    return (*trials, Trial(trials[0].name + REPEAT, trials[0].points))
+
+
+def _session(
+    figure: Figure,
+    panel: PrefillPanel | ServingPanel,
+    testbed: Testbed,
+    seed: int,
+    trials: tuple[Trial, ...],
+    name: str,
+) -> Session:
+    shape = load_model(testbed.models[panel.model])
+    tensor_parallel = testbed.tensor_parallel or panel.tensor_parallel
+    if shape["num_key_value_heads"] % tensor_parallel:
+        raise SpecError(f"{testbed.testbed}: tensor_parallel {tensor_parallel} does not divide {panel.model}'s KV heads")
+    points = [point for trial in trials for point in trial.points]
+    budgets = [point.budget for point in points]
+    if min(budgets) < figure.max_batch // testbed.scale:
+        raise SpecError(
+            f"{figure.figure}: {panel.model}.chunk_sizes: got {min(budgets) * testbed.scale}; allowed: at least max_batch "
+            f"({figure.max_batch}), or decodes alone could fill a step and starve the rest"
+        )
+    lengths = [point.prompt_tokens + 1 for point in points if isinstance(point, Point)]
+    settings = EngineSettings(
+        platform=testbed.platform,
+        model=testbed.models[panel.model],
+        tensor_parallel=tensor_parallel,
+        dtype=testbed.dtype,
+        weights=testbed.weights,
+        max_budget=max(budgets),
+        max_batch=max(1, figure.max_batch // testbed.scale),
+        max_model_len=max(lengths) if lengths else figure.max_model_len // testbed.scale,
+        threads=testbed.threads,
+        kv_cache_gib=testbed.kv_cache_gib,
+        gpu_memory_utilization=testbed.gpu_memory_utilization,
+    )
+    limit = figure.time_limit_s if isinstance(figure, ServingFigure) else Session.time_limit_s
+    return Session(
+        name=name,
+        figure=figure.figure,
+        kind=figure.kind,
+        testbed=testbed.testbed,
+        model=panel.model,
+        in_paper=panel.in_paper,
+        scale=testbed.scale,
+        seed=seed,
+        engine=settings,
+        trials=trials,
+        time_limit_s=testbed.serving.time_limit_s if testbed.serving else limit,
+        estimate_s=_estimate(trials, testbed),
+    )
+
+
+def _scaled(value: int, testbed: Testbed, what: str) -> int:
+    if value % testbed.scale or value < testbed.scale:
+        raise SpecError(f"{what}: got {value}, which the scale of testbed {testbed.testbed} ({testbed.scale}) does not divide")
+    return value // testbed.scale
+
+
+def _budget(chunk_size: int | None, unchunked: int, testbed: Testbed, where: str) -> int:
+    return _scaled(chunk_size or unchunked, testbed, f"{where}.chunk_sizes")
+
+
+def _prefill_points(panel: PrefillPanel, testbed: Testbed, figure: PrefillFigure) -> list[Point]:
+    where = f"{figure.figure}: {panel.model}"
+    lengths = [n for n in panel.prompt_lengths if n <= (testbed.max_prompt_length or n)]
+    if not lengths:
+        raise SpecError(
+            f"{where}: no prompt length is within max_prompt_length {testbed.max_prompt_length} of {testbed.testbed}"
+        )
+    if min(lengths) < 2 * testbed.scale or max(lengths) > figure.max_model_len:
+        allowed = f"{2 * testbed.scale} to max_model_len ({figure.max_model_len})"
+        raise SpecError(f"{where}.prompt_lengths: got {lengths}; allowed: {allowed}")
+    return [
+        Point(
+            prompt_length=length,
+            chunk_size=chunk_size,
+            prompt_tokens=_scaled(length, testbed, f"{where}.prompt_lengths") - 1,
+            budget=_budget(chunk_size, max(lengths), testbed, where),
+        )
+        for length in lengths
+        for chunk_size in panel.chunk_sizes
+    ]
+
+
+def _serving_trials(panel: ServingPanel, testbed: Testbed, figure: ServingFigure, saturation: float) -> list[Trial]:
+    """A trial for each (QPS, chunk size). Rate and number of requests depend on the QPS alone, so chunk sizes are paired."""
+    where, mapped = f"{figure.figure}: {panel.model}", testbed.serving
+    if mapped and len(mapped.load_fractions) != len(panel.qps):
+        raise SpecError(
+            f"{testbed.testbed}.serving.load_fractions: got {len(mapped.load_fractions)}; allowed: one for each QPS of {where}"
+        )
+    trials = []
+    for rank, qps in enumerate(sorted(panel.qps)):
+        rate, requests = qps, figure.requests
+        if mapped:
+            rate = round(saturation * sorted(mapped.load_fractions)[rank], 4)
+            requests = min(figure.requests, max(FEWEST_REQUESTS, round(rate * mapped.trial_seconds)))
+        for chunk_size in panel.chunk_sizes:
+            budget = _budget(chunk_size, figure.max_model_len, testbed, where)
+            point = LoadPoint(qps, chunk_size, rate, budget, requests, figure.max_model_len)
+            trials.append(Trial(f"qps{qps:g}-chunk{chunk_size or 'none'}", (point,)))
+    return trials
+
+
+def _estimate(trials: Sequence[Trial], testbed: Testbed) -> float:
+    """Rough seconds of a session: load + steps + prompt tokens for prefill, arrivals for serving; for plans only."""
+    cost = testbed.estimate
+    seconds = cost.load_s
+    for point in (point for trial in trials for point in trial.points):
+        if isinstance(point, Point):
+            seconds += -(-point.prompt_tokens // point.budget) * cost.step_s + point.prompt_tokens * cost.token_s
+        elif testbed.serving:
+            seconds += testbed.serving.trial_seconds * 1.2
+        else:
+            seconds += point.requests / point.rate * 1.1
+    return seconds
