@@ -19,7 +19,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
-ENGINE := $(if $(filter-out 0,$(HAS_GPU)),cuda,cpu)
+ENGINE := $(if $(filter %-sim,$(TESTBED)),core,$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu))
 RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICATES),--replicates $(REPLICATES)) \
 	$(if $(TRACE),--trace $(TRACE))
 

@@ -78,7 +78,8 @@ def _cache(run: Run) -> Gate:
 
 def _preemption(run: Run) -> Gate:
     count = _total(run, "steps", "preempted")
-    return Gate("no preemption", not count, f"{count} preemptions")
+    declared = bool(run.plan.get("may_preempt"))
+    return Gate("no undeclared preemption", declared or not count, f"{count} preemptions{', declared' if declared else ''}")
 
 
 def _clock(run: Run) -> Gate:

@@ -77,8 +77,8 @@ def _tag_files_not_as_written(bag: Path, payload: Mapping[str, str], actual: Map
     manifest = "".join(f"{payload[name]}  {name}\n" for name in sorted(payload, key=_walk_order))
     if (bag / MANIFEST).read_bytes() != manifest.encode():
         names.append(MANIFEST)
-    tags = "".join(f"{digest} {name}\n" for name, digest in sorted(actual.items(), key=lambda item: item[1]))
-    if (bag / TAGS).read_bytes() != tags.encode():
+    tags = sorted(f"{digest} {name}\n".encode() for name, digest in actual.items())
+    if sorted((bag / TAGS).read_bytes().splitlines(keepends=True)) != tags:  # bagit lists them as the file system does
         names.append(TAGS)
     return names
 

@@ -50,7 +50,28 @@ class Run:
         """How tables and figures are labelled: what this was measured on, and at which scale."""
         scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
         trace = f"; trace {self.trace['name']}" if self.trace else ""
-        return f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})"
+        prefix = f"SIMULATED ({', '.join(self.calibrations)}) " if self.simulated else ""
+        return f"{prefix}{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run was simulated; every table and picture of it says so."""
+        return bool(self.plan["platform"] == "simulated")
+
+    @property
+    def calibrations(self) -> list[str]:
+        """What a simulated run was timed with, and the held-out error of each; empty for a measured run."""
+        found = {}
+        for trial in self.trials:
+            engine = trial.facts["engine"]
+            if "calibration" in engine:
+                found[engine["calibration"]] = engine["calibration_error"]["held_out"]
+        return [f"{name}, held-out error {error:.1%}" for name, error in sorted(found.items())]
+
+    def model_error(self, model: str) -> float:
+        """Held-out relative error of the step times of a model: 0 where they were measured."""
+        errors = (t.facts["engine"].get("calibration_error") for t in self.trials if t.facts["model"] == model)
+        return max((float(error["held_out"]) for error in errors if error), default=0.0)
 
     @property
     def kind(self) -> str:

@@ -18,6 +18,7 @@ class Sample:
     """Log ratios, one per replicate. Ratios are shown; tests are on their logs, where a factor is a distance."""
 
     logs: tuple[float, ...]
+    systematic: float = 0.0  # log units by which the mean itself may be off, however many replicates: a simulation's error
 
     @property
     def n(self) -> int:
@@ -43,11 +44,11 @@ class Sample:
         """Two-sided t interval of the ratio, unadjusted; (0, inf) below two replicates, where nothing is known."""
         if self.n < 2:
             return 0.0, math.inf
-        half = float(stats.t.ppf(0.5 + confidence / 2, self.n - 1)) * self.error
+        half = float(stats.t.ppf(0.5 + confidence / 2, self.n - 1)) * self.error + self.systematic
         return math.exp(self.mean - half), math.exp(self.mean + half)
 
     def p_above(self, bound: float) -> float:
-        """One-sided p value of 'the ratio is above bound' (null: at most). 1 below two replicates."""
+        """One-sided p value of "the ratio is above bound" (null: at most). 1 below two replicates."""
         return self._p(self.mean - math.log(bound))
 
     def p_below(self, bound: float) -> float:
@@ -57,16 +58,18 @@ class Sample:
     def _p(self, distance: float) -> float:
         if self.n < 2:
             return 1.0
+        distance -= self.systematic
         if self.error == 0.0:  # replicates equal to the last digit: a simulation without jitter
             return 0.0 if distance > 0 else 1.0
         return float(stats.t.sf(distance / self.error, self.n - 1))
 
 
-def sample(ratios: Sequence[float]) -> Sample:
-    """Ratios, one per replicate -> Sample. Raises ValueError for a ratio that is not a positive number."""
+def sample(ratios: Sequence[float], error: float = 0.0) -> Sample:
+    """Ratios, one per replicate, and the relative error they share -> Sample. Raises ValueError for a ratio that is no
+    positive number."""
     if not ratios or not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
         raise ValueError(f"ratios: got {list(ratios)}; positive numbers are needed")
-    return Sample(tuple(math.log(ratio) for ratio in ratios))
+    return Sample(tuple(math.log(ratio) for ratio in ratios), math.log1p(error))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -87,7 +90,9 @@ def replicates_needed(seen: Sample, bound: float, level: float, power: float = 0
     if seen.n < 2:
         return None
     spread = seen.error * math.sqrt(seen.n)
-    distance = abs(seen.mean - math.log(bound))
+    distance = abs(seen.mean - math.log(bound)) - seen.systematic
+    if distance <= 0:
+        return None
     for count in range(seen.n + 1, MOST_REPLICATES + 1):
         if spread == 0.0:
             return count

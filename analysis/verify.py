@@ -46,7 +46,7 @@ def examine(name: str, bags: list[Path]) -> tuple[dict[str, Any], Run | None]:
         "figure": run.figure,
         "title": run.title,
         "testbed": run.testbed,
-        "simulated": run.plan["platform"] == "simulated",
+        "simulated": run.simulated,
         "gates": [asdict(gate) for gate in gates.check(run)],
         "aside": list(run.aside),
         "replicates": run.replicates,
@@ -81,7 +81,7 @@ def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None)
         else:
             found = rules.ratios(run, claim)
             entry["trace"] = run.trace["name"] if run.trace else None
-            judged.append((claim, sample([found[seed] for seed in sorted(found)])))
+            judged.append((claim, sample([found[seed] for seed in sorted(found)], run.model_error(claim.model))))
         decided.append(entry)
     if run is not None and judged:
         verdicts = iter(rules.judge([claim for claim, _ in judged], [seen for _, seen in judged], len(run.bags)))

@@ -31,7 +31,7 @@ def describe_run(plan: Mapping[str, Any], files: Sequence[str], times: Sequence[
     properties = {
         "@type": "SoftwareApplication",
         "name": engine["engine"],
-        "softwareVersion": str(engine.get(engine["engine"])),
+        "softwareVersion": str(engine.get("calibration") or engine.get(engine["engine"])),
     }
     properties["url"] = "https://docs.vllm.ai/"
     tool = crate.add(ContextEntity(crate, "#engine", properties))

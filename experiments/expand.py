@@ -173,6 +173,7 @@ def _session(
         threads=testbed.threads,
         kv_cache_gib=testbed.kv_cache_gib,
         gpu_memory_utilization=testbed.gpu_memory_utilization,
+        calibration=(testbed.calibrations or {}).get(panel.model),
     )
     limit = figure.time_limit_s if isinstance(figure, ServingFigure) else Session.time_limit_s
     return Session(
@@ -226,15 +227,15 @@ def _prefill_points(panel: PrefillPanel, testbed: Testbed, figure: PrefillFigure
 def _serving_trials(panel: ServingPanel, testbed: Testbed, figure: ServingFigure, saturation: float) -> list[Trial]:
     """A trial for each (QPS, chunk size). Rate and number of requests depend on the QPS alone, so chunk sizes are paired."""
     where, mapped = f"{figure.figure}: {panel.model}", testbed.serving
-    if mapped and len(mapped.load_fractions) != len(panel.qps):
-        raise SpecError(
-            f"{testbed.testbed}.serving.load_fractions: got {len(mapped.load_fractions)}; allowed: one for each QPS of {where}"
-        )
+    fractions = sorted(mapped.load_fractions.get(panel.model, ())) if mapped else []
+    if mapped and len(fractions) != len(panel.qps):
+        came = f"{testbed.testbed}.serving.load_fractions: got {len(fractions)} for {panel.model}"
+        raise SpecError(f"{came}; allowed: {len(panel.qps)}, one for each QPS of {where}")
     trials = []
     for rank, qps in enumerate(sorted(panel.qps)):
         rate, requests = qps, figure.requests
         if mapped:
-            rate = round(saturation * sorted(mapped.load_fractions)[rank], 4)
+            rate = round(saturation * fractions[rank], 4)
             requests = min(figure.requests, max(FEWEST_REQUESTS, round(rate * mapped.trial_seconds)))
         for chunk_size in panel.chunk_sizes:
             budget = _budget(chunk_size, figure.max_model_len, testbed, where)

@@ -29,7 +29,7 @@ def prefill_seconds(record: Record) -> pd.Series:
 
 def point_phase(phases: Sequence[Mapping[str, Any]]) -> int:
     """Which phase of a serving trial is the measured one."""
-    return next(number for number, phase in enumerate(phases) if phase["role"] != "probe")
+    return next(number for number, phase in enumerate(phases) if phase["role"] in ("point", "saturation"))
 
 
 def of_phase(record: Record, phase: int) -> Record:

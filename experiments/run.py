@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import doctor
-from experiments.expand import SATURATION, Session, expand, saturation_sessions
+from experiments.cost_model import CALIBRATIONS
+from experiments.estimate import simulated_trial_seconds
+from experiments.expand import SATURATION, Session, Trial, expand, saturation_sessions
 from experiments.metrics import of_phase, point_phase, saturation_throughput
-from experiments.provenance import ROOT, commit, identity, packages
-from experiments.session import TrialResult
+from experiments.provenance import ROOT, commit, identity, packages, sha256
+from experiments.session import TrialResult, run_session
+from experiments.simulator import simulated_engine
 from experiments.spec import FIGURES, TESTBEDS, Figure, ServingFigure, SpecError, Testbed, load_figure
 from experiments.store import Run, read_trial, to_json
 from experiments.workload import Trace, choose_trace
@@ -50,10 +54,14 @@ class Plan:
         if isinstance(self.figure, ServingFigure):
             self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
         inputs = {"trace": self.trace.sha256} if self.trace else {}
+        if self.testbed.platform == "simulated":
+            names = sorted(set((self.testbed.calibrations or {}).values()))
+            inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in names}
         made_of = identity(self.figure_path, self.testbed_path, inputs)
         self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", made_of)
         self.saturation = saturation_sessions(self.figure, self.testbed)
         self.sessions = self.expand()
+        self._simulated: dict[tuple[Any, ...], float] = {}
 
     def expand(self) -> list[Session]:
         """The sessions; those that measure the saturation throughput come apart, first."""
@@ -72,9 +80,23 @@ class Plan:
         return {name: trials for name, trials in missing.items() if trials}
 
     def seconds(self, owed: dict[str, list[str]]) -> float:
-        """Rough duration of what is owed, one session after the other."""
-        every = [*self.saturation, *self.sessions]
-        return sum(s.estimate_s * len(owed[s.name]) / len(s.trials) for s in every if s.name in owed)
+        """Duration of what is owed, one session after the other: simulated where a calibration describes the machine."""
+        total = 0.0
+        for session in (*self.saturation, *self.sessions):
+            trials = [trial for trial in session.trials if trial.name in owed.get(session.name, ())]
+            if not trials:
+                continue
+            if session.engine.calibration and self.testbed.platform != "simulated":
+                total += self.testbed.estimate.load_s + sum(self._simulated_seconds(session, trial) for trial in trials)
+            else:
+                total += session.estimate_s * len(trials) / len(session.trials)
+        return total
+
+    def _simulated_seconds(self, session: Session, trial: Trial) -> float:
+        key = (session.model, trial.points[0] if self.trace else trial.name)  # seeds differ by less than the estimate's error
+        if key not in self._simulated:
+            self._simulated[key] = simulated_trial_seconds(session, trial, self.trace)
+        return self._simulated[key]
 
     def describe(self) -> dict[str, Any]:
         """The plan as data: what the run will be, for people's scripts and for the bag."""
@@ -87,6 +109,7 @@ class Plan:
             "scale": self.testbed.scale,
             "identity": self.run.identity,
             "commit": commit(),
+            "may_preempt": self.testbed.may_preempt,
             "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
             "sessions": {s.name: [t.name for t in s.trials] for s in (*self.saturation, *self.sessions)},
             "not_run": [p.model for p in self.figure.panels if p.model not in self.testbed.models],
@@ -163,20 +186,29 @@ def execute(plan: Plan) -> int:
 
 
 def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
-    """Saturation first, where it is owed: the rates of everything else rest on it."""
-    from experiments.cluster import run_sessions
-
+    """Saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray."""
     with Ticker(plan.figure.figure, sum(map(len, owed.values()))) as ticker:
 
         def store(result: TrialResult) -> None:
             plan.run.write_trial(result.session, result.trial, result.facts, result.record)
             ticker.tick(f"{result.session} {result.trial}")
 
+        if plan.testbed.platform == "simulated":
+            return _simulate(plan, owed, store)
+        from experiments.cluster import run_sessions
+
         failed = {}
         if any(session.name in owed for session in plan.saturation):
             failed = run_sessions(plan.saturation, owed, plan.trace, store)
             plan.sessions = plan.expand()
         return failed or run_sessions(plan.sessions, owed, plan.trace, store)
+
+
+def _simulate(plan: Plan, owed: dict[str, list[str]], store: Callable[[TrialResult], None]) -> dict[str, str]:
+    for session in (session for session in plan.sessions if session.name in owed):
+        for result in run_session(session, owed[session.name], partial(simulated_engine, seed=session.seed), plan.trace):
+            store(result)
+    return {}
 
 
 def _seal(plan: Plan) -> str:

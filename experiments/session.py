@@ -35,8 +35,8 @@ def probe(settings: EngineSettings) -> Phase:
 
 def phases_of(session: Session, trial: Trial, trace: Trace | None) -> tuple[list[Phase], list[dict[str, Any]]]:
     """The phases of a trial and, in the same order, what each one is. `trace` is needed for serving figures only."""
-    phases = [probe(session.engine)] * PROBES
-    roles: list[dict[str, Any]] = [{"role": "probe"}] * PROBES
+    phases = [probe(session.engine)] * (1 + PROBES)
+    roles: list[dict[str, Any]] = [{"role": "warm-up"}] + [{"role": "probe"}] * PROBES  # the first step after a pause is slow
     for point in trial.points:
         if isinstance(point, Point):
             requests: tuple[Request, ...] = (Request(0.0, point.prompt_tokens, 1, seed=session.seed),)

@@ -123,18 +123,18 @@ class Estimate:
     token_s: Amount
 
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=2)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Serving:
     """How Figure 9b is mapped to a machine that is not the paper's.
 
-    The figure's QPS, from low to high, become these fractions of the saturation throughput measured there; a trial's arrivals
+    A model's QPS, from low to high, become these fractions of the saturation throughput measured there; a trial's arrivals
     last about `trial_seconds`.
     """
 
-    load_fractions: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    load_fractions: dict[str, Annotated[tuple[Fraction, ...], Field(min_length=1)]]
     trial_seconds: Amount
     time_limit_s: Amount
 
@@ -145,7 +145,7 @@ class Testbed:
 
     testbed: Name
     title: str
-    platform: Literal["cpu", "cuda"]
+    platform: Literal["cpu", "cuda", "simulated"]
     scale: Count
     replicates: Count
     models: dict[str, str]
@@ -160,6 +160,8 @@ class Testbed:
     gpu_memory_utilization: Amount | None = None
     max_prompt_length: Count | None = None
     serving: Serving | None = None  # None: the paper's QPS and number of requests
+    calibrations: dict[str, str] | None = None  # model -> calibration that describes this machine, for the simulator
+    may_preempt: bool = False  # whether preemptions for want of KV blocks are expected here, and declared by this
     switch_chunk_size: bool = True  # False: Figure 9b takes a fresh engine for each chunk size
 
 
@@ -178,6 +180,7 @@ class EngineSettings:
     threads: int | None
     kv_cache_gib: float | None
     gpu_memory_utilization: float | None
+    calibration: str | None = None
 
 
 T = TypeVar("T")

@@ -39,8 +39,8 @@ def test_prefill_seconds_are_the_steps_of_the_request(smoke_session: Session) ->
     trial = smoke_session.trials[0]
     result = next(run_session(smoke_session, {trial.name}, FakeEngine))
     seconds = prefill_seconds(result.record)
-    phases, roles = phases_of(smoke_session, trial)
-    assert len(seconds) == len(phases) == PROBES + len(trial.points)
+    phases, roles = phases_of(smoke_session, trial, None)
+    assert len(seconds) == len(phases) == 1 + PROBES + len(trial.points)
     for number, role in enumerate(roles):
         if role["role"] == "point":
             steps = -(-role["prompt_tokens"] // role["budget"])

@@ -142,7 +142,7 @@ def slow_repeat(trial: TrialRecord) -> TrialRecord:
 
 def noisy_probe(trial: TrialRecord) -> TrialRecord:
     steps = trial.record.steps.copy()
-    steps.loc[[0, 1], "seconds"] *= [0.3, 3.0]
+    steps.loc[[1, 2], "seconds"] *= [0.3, 3.0]
     steps["start_s"] = steps["seconds"].cumsum().shift(1, fill_value=0.0)
     return dataclasses.replace(trial, record=dataclasses.replace(trial.record, steps=steps))
 
@@ -151,7 +151,7 @@ BROKEN: dict[str, Callable[[Run], Run]] = {
     "requests finished": lambda run: change(run, edit_table("requests", "generated_tokens", 0)),
     "budget obeyed": lambda run: change(run, edit_table("steps", "prefill_tokens", 10**6)),
     "no cache hit": lambda run: change(run, edit_table("requests", "cached_tokens", 16)),
-    "no preemption": lambda run: change(run, edit_table("steps", "preempted", 1)),
+    "no undeclared preemption": lambda run: change(run, edit_table("steps", "preempted", 1)),
     "clock monotonic": lambda run: change(run, edit_table("steps", "start_s", 0.0)),
     "machine noise": lambda run: change(run, noisy_probe, every=True),
     "first trial repeated": lambda run: change(run, slow_repeat, every=True),
