@@ -33,14 +33,25 @@ def prefill_table(run: Run) -> pd.DataFrame:
         relative_min=("relative", "min"),
         relative_max=("relative", "max"),
     )
-    published = published_prefill().set_index(["prompt_length", "chunk_size"])["relative"].rename("published_relative")
+    published = published_prefill().set_index(["prompt_length", "chunk_size"]).add_prefix("published_")
     joined = table.reset_index().join(published, on=["prompt_length", "chunk_size"])
-    joined.loc[~joined["in_paper"], "published_relative"] = float("nan")
+    joined.loc[~joined["in_paper"], list(published.columns)] = float("nan")
     order = joined["chunk_size"].map(_chunk_order)
     joined = joined.assign(order=order).sort_values(
         ["in_paper", "model", "prompt_length", "order"], ascending=[False, True, True, True]
     )
     return joined.drop(columns="order").reset_index(drop=True)
+
+
+def published_errors(table: pd.DataFrame) -> str:
+    """How far a Figure 9a at the paper's scale is from the published values, in one sentence."""
+    rows = table.dropna(subset=["published_prefill_ms"])
+    times = (1e3 * rows["seconds"] / rows["published_prefill_ms"] - 1).abs()
+    relative = (rows["relative"] / rows["published_relative"] - 1).abs()
+    return (
+        f"against the {len(rows)} published values: prefill time off by {times.mean():.1%} on average, {times.max():.1%} at worst; "
+        f"relative time by {relative.mean():.1%} on average, {relative.max():.1%} at worst"
+    )
 
 
 def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
@@ -61,6 +72,8 @@ def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
                 end_section=row["chunk_size"] == "unchunked",
             )
         console.print(view)
+        if run.plan["scale"] == 1 and rows["in_paper"].iloc[0]:
+            console.print(published_errors(rows), soft_wrap=True)
     console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
 
 

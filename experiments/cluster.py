@@ -90,6 +90,7 @@ def _options(session: Session, ray: Any) -> dict[str, Any]:
 
 
 def run_sessions(
+    ray: Any,
     sessions: Sequence[Session],
     owed: Mapping[str, Sequence[str]],
     trace: Trace | None,
@@ -97,34 +98,33 @@ def run_sessions(
 ) -> dict[str, str]:
     """Run what is owed, storing each record as it comes. Returns session -> reason for what could not be run."""
     failed: dict[str, str] = {}
-    with ray_cluster() as ray:
-        remote = ray.remote(max_calls=1)(_work)  # a fresh process each time: one engine, one process
-        left = {session.name: list(owed[session.name]) for session in sessions if owed.get(session.name)}
-        shared = ray.put(trace)
-        by_name = {session.name: session for session in sessions}
-        attempts = dict.fromkeys(left, 1)
+    remote = ray.remote(max_calls=1)(_work)  # a fresh process each time: one engine, one process
+    left = {session.name: list(owed[session.name]) for session in sessions if owed.get(session.name)}
+    shared = ray.put(trace)
+    by_name = {session.name: session for session in sessions}
+    attempts = dict.fromkeys(left, 1)
 
-        def start(name: str) -> Any:
-            return remote.options(**_options(by_name[name], ray)).remote(by_name[name], tuple(left[name]), shared)
+    def start(name: str) -> Any:
+        return remote.options(**_options(by_name[name], ray)).remote(by_name[name], tuple(left[name]), shared)
 
-        running = {start(name): name for name in left}  # in the order given: longest first
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-            stream = ready[0]
-            name = running[stream]
-            try:
-                result = ray.get(next(stream))
-                store(result)
-                left[name].remove(result.trial)
-            except StopIteration:
-                del running[stream]
-            except ray.exceptions.RayError as error:
-                del running[stream]
-                if attempts[name] < ATTEMPTS:
-                    attempts[name] += 1
-                    running[start(name)] = name
-                else:
-                    failed[name] = f"{len(left[name])} trials missing after {ATTEMPTS} attempts: {_reason(error)}"
+    running = {start(name): name for name in left}  # in the order given: longest first
+    while running:
+        ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+        stream = ready[0]
+        name = running[stream]
+        try:
+            result = ray.get(next(stream))
+            store(result)
+            left[name].remove(result.trial)
+        except StopIteration:
+            del running[stream]
+        except ray.exceptions.RayError as error:
+            del running[stream]
+            if attempts[name] < ATTEMPTS:
+                attempts[name] += 1
+                running[start(name)] = name
+            else:
+                failed[name] = f"{len(left[name])} trials missing after {ATTEMPTS} attempts: {_reason(error)}"
     return failed
 
 

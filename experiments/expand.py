@@ -21,7 +21,7 @@ from experiments.spec import (
 REPEAT = "-repeat"  # suffix of the first trial when it is run again at the end of its session
 SATURATION = "saturation"  # the trial that measures a model's saturation throughput
 SATURATION_REQUESTS = 96
-FEWEST_REQUESTS = 30  # below this a P99 of gaps or a median of TTFT says nothing
+FEWEST_REQUESTS = 16  # with some 30 tokens each, about 500 gaps for a P99
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Plan:
 class Ticker:
     """Progress of a run: a bar with the remaining time on a terminal, a line per trial elsewhere."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, planned_s: float) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -145,7 +145,7 @@ class Ticker:
         )
         self.progress = Progress(*columns, console=console) if console.is_terminal else None
         self.task = self.progress.add_task(label, total=total) if self.progress else None
-        self.total, self.done, self.began = total, 0, time.monotonic()
+        self.total, self.done, self.began, self.planned_s = total, 0, time.monotonic(), planned_s
 
     def __enter__(self) -> Ticker:
         if self.progress:
@@ -162,8 +162,13 @@ class Ticker:
         if self.progress and self.task is not None:
             self.progress.update(self.task, advance=1, description=what)
         else:
-            left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-            console.print(f"[{self.done}/{self.total}] {what}, about {left / 60:.1f} min left")
+            console.print(f"[{self.done}/{self.total}] {what}, about {self.left_s() / 60:.1f} min left")
+
+    def left_s(self) -> float:
+        """Remaining seconds: the plan's at first, when loading weighs too much, more and more what was seen."""
+        share = self.done / self.total
+        seen = (time.monotonic() - self.began) / share
+        return (share * seen + (1 - share) * self.planned_s) * (1 - share)
 
 
 def execute(plan: Plan) -> int:
@@ -187,7 +192,7 @@ def execute(plan: Plan) -> int:
 
 def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
     """Saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray."""
-    with Ticker(plan.figure.figure, sum(map(len, owed.values()))) as ticker:
+    with Ticker(plan.figure.figure, sum(map(len, owed.values())), plan.seconds(owed)) as ticker:
 
         def store(result: TrialResult) -> None:
             plan.run.write_trial(result.session, result.trial, result.facts, result.record)
@@ -195,13 +200,14 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
 
         if plan.testbed.platform == "simulated":
             return _simulate(plan, owed, store)
-        from experiments.cluster import run_sessions
+        from experiments.cluster import ray_cluster, run_sessions
 
         failed = {}
-        if any(session.name in owed for session in plan.saturation):
-            failed = run_sessions(plan.saturation, owed, plan.trace, store)
-            plan.sessions = plan.expand()
-        return failed or run_sessions(plan.sessions, owed, plan.trace, store)
+        with ray_cluster() as ray:
+            if any(session.name in owed for session in plan.saturation):
+                failed = run_sessions(ray, plan.saturation, owed, plan.trace, store)
+                plan.sessions = plan.expand()
+            return failed or run_sessions(ray, plan.sessions, owed, plan.trace, store)
 
 
 def _simulate(plan: Plan, owed: dict[str, list[str]], store: Callable[[TrialResult], None]) -> dict[str, str]:

@@ -6,15 +6,19 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bagit
-import pandas as pd
+import psutil
 import pytest
 
 pytest.importorskip("vllm")
 
+from analysis.gates import LATENESS_SLACK_S
 from experiments.bench import cpu_settings, engines
+from experiments.engine import Phase, Recorder, Request
+from experiments.metrics import saturation_throughput
 from experiments.provenance import ROOT
 from experiments.store import read_trial
 from experiments.vllm_engine import EngineError, VllmEngine, engine_arguments, environment
@@ -71,8 +75,6 @@ def test_a_step_above_the_chunk_size_is_an_error() -> None:
             req_ids = ("a",)
             num_computed_tokens = (0,)
 
-    from experiments.engine import Recorder
-
     recorder = Recorder()
     recorder.requests.append([0, 0, 64, 0.0, 0.0, 100, 1, 0, -1, -1, 0])
     engine._batch = Batch()
@@ -80,10 +82,65 @@ def test_a_step_above_the_chunk_size_is_an_error() -> None:
         engine._note_step(recorder, {"a": 0}, 64, 0.0, 0.1)
 
 
-def test_end_to_end_from_the_command_to_the_bag(tmp_path: Path) -> None:
+def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
+    """1,000 requests at five times the saturation rate."""
+    tiny = dataclasses.replace(SMALL, model="tiny-tp2", max_budget=64, max_model_len=128)
+    lengths = [(5 + 7 * n % 60, 1 + 5 * n % 12) for n in range(1000)]
+
+    def load(rate: float, count: int) -> Phase:
+        times = [n / rate if rate else 0.0 for n in range(count)]
+        return Phase(64, tuple(Request(t, p, o, seed=n) for n, (t, (p, o)) in enumerate(zip(times, lengths, strict=False))))
+
+    with engines([tiny]) as (run,):
+        saturation = saturation_throughput(run(load(0.0, 200)))
+        memory = []
+        for _ in range(2):
+            record = run(load(5 * saturation, 1000))
+            memory.append(sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)))
+    requests, steps = record.requests, record.steps
+    assert len(requests) == 1000
+    assert (requests["generated_tokens"] == requests["output_tokens"]).all()
+    assert len(record.tokens) == requests["output_tokens"].sum()
+    assert requests["arrival_s"].is_monotonic_increasing
+    assert requests["first_step"].is_monotonic_increasing  # first come, first served
+    assert (requests["injected_s"] >= requests["arrival_s"]).all()
+    assert (steps["prefill_tokens"] + steps["decode_tokens"] <= 64).all()
+    assert (steps["decode_tokens"] + steps["prefill_requests"] <= tiny.max_batch).all()
+    assert record.tokens["time_s"].is_monotonic_increasing
+    lateness = requests["injected_s"] - requests["arrival_s"]
+    assert lateness.quantile(0.99) <= steps["seconds"].max() + LATENESS_SLACK_S
+    assert memory[1] <= memory[0] * 1.05
+
+
+def leftovers() -> str:
+    """Processes of Ray or vLLM that are still there, after a moment's grace."""
+    pattern = "raylet|gcs_server|ray::|VLLM::|default_worker"
+    for _ in range(20):
+        left = subprocess.run(["pgrep", "-af", pattern], capture_output=True, text=True, check=False).stdout
+        left = "\n".join(line for line in left.splitlines() if "pgrep" not in line)
+        if not left:
+            return ""
+        time.sleep(0.5)
+    return left
+
+
+def test_end_to_end_killed_resumed_sealed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.run", "smoke", "--testbed", "cpu", "--out", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert first.stdout is not None
+    ran = []
+    for line in first.stdout:
+        if line.startswith("[1/"):
+            ran.append(line.split("] ")[1].split(",")[0])
+            first.kill()
+    first.wait()
+    first.stdout.close()
+    assert ran, "the first run ended before its first trial"
+    assert leftovers() == ""
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran += [line.split("] ")[1].split(",")[0] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(ran) == len(set(ran)) <= 3
     bag = next(tmp_path.glob("smoke-cpu/bag-*"))
     bagit.Bag(str(bag)).validate()
     trials = sorted(bag.glob("data/trials/*/*"))
@@ -97,10 +154,8 @@ def test_end_to_end_from_the_command_to_the_bag(tmp_path: Path) -> None:
         assert (record.requests["generated_tokens"] == 1).all()
         assert (record.steps["prefill_tokens"] + record.steps["decode_tokens"] <= record.steps["budget"]).all()
         assert record.steps["prefill_tokens"].sum() == record.requests["prompt_tokens"].sum()
-        assert isinstance(record.tokens, pd.DataFrame)
         assert len(record.tokens) == len(record.requests)
         assert record.steps["start_s"].is_monotonic_increasing
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "nothing to do" in again.stdout
-    left = subprocess.run(["pgrep", "-f", "raylet|gcs_server|ray::"], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
+    assert leftovers() == ""

@@ -1,0 +1,146 @@
+"""The command line on the simulated testbed: plan, run, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bagit
+import pytest
+
+from experiments import run as run_module
+from experiments.provenance import ROOT
+from experiments.run import main
+from experiments.spec import Testbed, load_testbed
+from experiments.store import read_trial
+
+SIM = ("--testbed", "a100-sim")
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_sealed_and_the_same_command_then_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fig9a", *SIM, "--replicates", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "sealed" in capsys.readouterr().out
+    bag = next(tmp_path.glob("fig9a-a100-sim/bag-*"))
+    bagit.Bag(str(bag)).validate()
+    before = files(tmp_path)
+    assert main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert files(tmp_path) == before
+    facts, _ = read_trial(next(bag.glob("data/trials/*/pass-0")))
+    assert facts["engine"]["simulated"] is True
+    crate = json.loads((bag / "data" / "ro-crate-metadata.json").read_text())
+    named = {entry["@id"] for entry in crate["@graph"]}
+    assert {f"trials/{path.parent.name}/{path.name}/trial.json" for path in bag.glob("data/trials/*/*")} <= named
+
+
+def test_more_replicates_make_a_second_bag_with_only_the_new_ones(tmp_path: Path) -> None:
+    for replicates in ("1", "3"):
+        assert main(["smoke", *SIM, "--replicates", "1", "--out", str(tmp_path)]) == 0
+        assert main(["fig9a", *SIM, "--replicates", replicates, "--out", str(tmp_path)]) == 0
+    bags = sorted(tmp_path.glob("fig9a-a100-sim/bag-*"))
+    assert [bag.name.rsplit("-", 1)[1] for bag in bags] == ["1", "2"]
+    assert {path.name.rsplit("seed", 1)[1] for path in bags[1].glob("data/trials/*")} == {"43", "44"}
+
+
+def test_plan_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fig9b", "--testbed", "a100", "--plan", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "trials    90 in all, 90 to run" in printed
+    assert "trace     " in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_chosen_testbed_and_its_reason_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["smoke", "--plan", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "testbed   " in printed
+    assert "fits" in printed or "not " in printed
+
+
+def test_doctor_names_every_testbed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("a100", "a100-sim", "cpu", "gpu-24g"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fig9z"], "no such file; there are: fig9a, fig9b, smoke"),
+        (["fig9a", "--testbed", "h100"], "no such file; there are: a100, a100-sim, cpu, gpu-24g"),
+        (["fig9a", "--testbed", "cpu", "--replicates", "0"], "replicates: got 0; allowed: 1 to 20"),
+        (["fig9b", "--testbed", "a100-sim", "--trace", "none.csv"], "none.csv: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_users_trace_longer_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "mine.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n100,10\n8000,193\n")
+    assert main(["fig9b", *SIM, "--trace", str(trace), "--out", str(tmp_path / "out")]) == 2
+    assert "mine.csv: row 3:" in capsys.readouterr().err
+
+
+def test_killed_at_random_moments_the_same_command_completes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.run", "fig9a", *SIM, "--replicates", "2", "--out"]
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, capture_output=True, check=True)
+    duration, order = time.monotonic() - started, random.Random(3)
+    expected = files(next((tmp_path / "whole").glob("*/bag-*")))
+    for attempt in range(4):
+        out, ran = tmp_path / f"killed-{attempt}", []
+        for _ in range(2):
+            process = subprocess.Popen([*command, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            time.sleep(order.uniform(0.5, 1.0) * duration)
+            process.kill()
+            ran += [line.split("] ")[1].split(",")[0] for line in process.communicate()[0].splitlines() if line.startswith("[")]
+        last = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+        ran += [line.split("] ")[1].split(",")[0] for line in last.stdout.splitlines() if line.startswith("[")]
+        assert len(ran) == len(set(ran)), "a finished trial was run twice"
+        bags = list(out.glob("*/bag-*"))
+        assert len(bags) == 1
+        assert files(bags[0]) == expected
+        bagit.Bag(str(bags[0])).validate()
+
+
+def test_an_interruption_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_module.Run.write_trial
+    written: list[str] = []
+
+    def interrupted(self: run_module.Run, session: str, trial: str, *rest: object) -> Path:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(trial)
+        return whole(self, session, trial, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module.Run, "write_trial", interrupted)
+    assert main(["fig9a", *SIM, "--replicates", "1", "--out", str(tmp_path)]) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["fig9a", *SIM, "--replicates", "1", "--out", str(tmp_path)]) == 0
+    assert "trials    12 in all, 9 to run" in capsys.readouterr().out
+
+
+def test_every_simulated_testbed_names_its_calibrations() -> None:
+    testbed: Testbed = load_testbed("a100-sim")
+    assert testbed.calibrations is not None
+    assert set(testbed.calibrations) == set(testbed.models)
