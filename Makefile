@@ -93,6 +93,10 @@ verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
 	@$(PY) -m analysis.report --runs $(OUT)
 
+.PHONY: export
+export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
+	@$(PY) -m analysis.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))"
+
 .PHONY: bench
 bench: setup ## speed of our loop against a bare loop over vLLM; switched against fresh chunk sizes
 	@$(PY) -m experiments.bench

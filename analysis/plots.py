@@ -1,4 +1,7 @@
-"""Figures in the paper's layout, regenerated beside published. The only file that imports matplotlib."""
+"""Figure 9a in the paper's layout, regenerated beside published; and what every picture shares: colours, style, saving.
+
+This file and plots_serving.py are the only ones that import matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure  # again, for who draws through here
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -44,23 +47,19 @@ STYLE: Any = {
 }
 
 
-def simulated(run: Run) -> bool:
-    """Whether the run was simulated; a picture of it says so in words and by hatching."""
-    return bool(run.plan["platform"] == "simulated")
-
-
 def relative_intervals(run: Run) -> pd.DataFrame:
     """One row per model and point of Figure 9a: prefill time relative to unchunked, with its 95 % t interval.
 
     Columns: model, in_paper, prompt_length (tokens), chunk_size (text), replicates, relative, low, high.
     `relative` is the geometric mean of the replicates' ratios and the interval that of their logs, on which scale a ratio
-    and its inverse are alike; low and high are NaN where there are fewer than two replicates.
+    and its inverse are alike; low and high are NaN where there are fewer than two replicates. A simulated interval is wider by
+    the held-out error of its calibration.
     """
     ratios = prefill_replicates(prefill_times(run))
     ratios = ratios[np.isfinite(ratios["relative"]) & (ratios["relative"] > 0)]  # the rest did not finish; a gate says so
     rows = []
     for key, group in ratios.groupby(KEYS, sort=False):
-        seen = sample(group["relative"].tolist())
+        seen = sample(group["relative"].tolist(), run.model_error(str(group["model"].iloc[0])))
         low, high = seen.interval() if seen.n > 1 else (math.nan, math.nan)
         rows.append((*key, seen.n, seen.ratio, low, high))
     return pd.DataFrame(rows, columns=[*KEYS, "replicates", "relative", "low", "high"]).astype({"in_paper": bool})
@@ -80,20 +79,41 @@ def prefill_figure(run: Run) -> Figure:
         grid[0, 0].set_ylim(0, 1.24 * tallest)  # with room for the numbers above the bars
         for (axes, *second), model in zip(grid, models, strict=True):
             rows = intervals[intervals["model"] == model]
-            _prefill_panel(axes, rows, simulated(run))
-            axes.set_title(f"{'SIMULATED' if simulated(run) else 'regenerated'}: {model}\n{_conditions(run, rows)}")
+            _prefill_panel(axes, rows, run.simulated)
+            count = int(rows["replicates"].min()) if len(rows) else 0
+            axes.set_title(f"{'SIMULATED' if run.simulated else 'regenerated'}: {model}\n{conditions(run, count)}")
             axes.set_ylabel("prefill time\nrelative to unchunked")
             for other in second:
                 _reference_panel(other, model, beside if rows["in_paper"].all() else None)
-        title = ("SIMULATED: " if simulated(run) else "") + run.title
-        figure.suptitle(textwrap.fill(title, 48 * columns), fontsize=8.5, fontweight="bold")
-        handles = _legend({*intervals["chunk_size"], *beside["chunk_size"]}, simulated(run))
+        headline(figure, run, 48 * columns)
+        handles = _legend({*intervals["chunk_size"], *beside["chunk_size"]}, run.simulated)
         figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, frameon=False)
     return figure
 
 
-def _colour(chunk_size: str) -> str:
+def headline(figure: Figure, run: Run, letters: int, what: str = "") -> None:
+    """The title of a picture, in lines of at most `letters`: what it shows, then the run with its testbed, scale and trace."""
+    lines = [textwrap.fill(part, letters, break_on_hyphens=False) for part in (what, run.title) if part]
+    figure.suptitle("\n".join(lines), fontsize=8.5, fontweight="bold")
+
+
+def colour(chunk_size: str) -> str:
+    """The colour of a chunk size, the same in every figure."""
     return COLOURS.get(chunk_size, OTHER_COLOUR)
+
+
+def look(chunk_size: str, hatched: bool) -> dict[str, Any]:
+    """How a bar of that chunk size is drawn; the hatching is seen on a black bar too."""
+    shade = colour(chunk_size)
+    hatching = {"hatch": HATCH, "hatchcolor": "#AAAAAA" if shade == COLOURS["256"] else "black"} if hatched else {}
+    return {"facecolor": shade, "edgecolor": "black", "linewidth": 0.5, **hatching}
+
+
+def whisker(axes: Axes, x: float, low: float, high: float) -> None:
+    """An interval, seen on a black bar too; nothing where there is none (NaN)."""
+    if not pd.isna(high):
+        axes.plot([x, x], [low, high], color="white", linewidth=2.4, solid_capstyle="butt", zorder=4)
+        axes.plot([x, x], [low, high], color="black", linewidth=0.9, marker="_", markersize=3.5, zorder=4)
 
 
 def _sizes(chunk_sizes: Iterable[str]) -> list[str]:
@@ -102,14 +122,13 @@ def _sizes(chunk_sizes: Iterable[str]) -> list[str]:
 
 
 def _legend(chunk_sizes: Iterable[str], hatched: bool) -> list[Artist]:
-    look: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.5, "hatch": HATCH if hatched else None}
-    bars = [Patch(facecolor=_colour(size), label=f"chunk size {size}", **look) for size in _sizes(chunk_sizes)]
+    bars = [Patch(label=f"chunk size {size}", **look(size, hatched)) for size in _sizes(chunk_sizes)]
     return [*bars, Line2D([], [], label="unchunked = 1", **UNCHUNKED_LINE)]
 
 
-def _conditions(run: Run, rows: pd.DataFrame) -> str:
+def conditions(run: Run, count: int) -> str:
+    """Testbed, scale and what `count` replicates allow to say, in one line."""
     scale = f"lengths ÷ {run.plan['scale']}" if run.plan["scale"] > 1 else "the paper's lengths"
-    count = int(rows["replicates"].min()) if len(rows) else 0
     what = f"{count} replicates, 95 % intervals" if count > 1 else f"{count} replicate{'s'[: count != 1]}, no interval"
     return f"{run.testbed}, {scale}; {what}"
 
@@ -130,16 +149,12 @@ def _prefill_panel(axes: Axes, rows: pd.DataFrame, hatched: bool) -> None:
     step = GROUP_WIDTH / max(1, len(sizes))
     for row in rows[rows["chunk_size"] != "unchunked"].to_dict("records"):
         x = lengths.index(row["prompt_length"]) + (sizes.index(row["chunk_size"]) - (len(sizes) - 1) / 2) * step
-        look: dict[str, Any] = {"facecolor": _colour(row["chunk_size"]), "edgecolor": "black", "linewidth": 0.5}
-        axes.bar(x, row["relative"], 0.92 * step, hatch=HATCH if hatched else None, zorder=2, **look)
-        top = row["relative"]
-        if not pd.isna(row.get("high")):
-            top, ends = row["high"], [row["low"], row["high"]]
-            axes.plot([x, x], ends, color="white", linewidth=2.4, solid_capstyle="butt", zorder=4)  # seen on a black bar too
-            axes.plot([x, x], ends, color="black", linewidth=0.9, marker="_", markersize=3.5, zorder=4)
+        axes.bar(x, row["relative"], 0.92 * step, zorder=2, **look(row["chunk_size"], hatched))
+        low, high = row.get("low", math.nan), row.get("high", math.nan)
+        whisker(axes, x, low, high)
         axes.annotate(
             f"{row['relative']:.2f}",
-            (x, top),
+            (x, row["relative"] if pd.isna(high) else high),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
@@ -163,7 +178,7 @@ def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, dict[str, Any]] = {
         "png": {"dpi": 300, "metadata": {"Software": None}},
-        "svg": {"metadata": {"Date": None, "Creator": None}},
+        "svg": {"dpi": 300, "metadata": {"Date": None, "Creator": None}},  # dpi: of what is rasterized in it
     }
     targets = {suffix: path.with_name(f"{path.name}.{suffix}") for suffix in options}
     with mpl.rc_context(STYLE):

@@ -49,7 +49,8 @@ def published_errors(table: pd.DataFrame) -> str:
     times = (1e3 * rows["seconds"] / rows["published_prefill_ms"] - 1).abs()
     relative = (rows["relative"] / rows["published_relative"] - 1).abs()
     return (
-        f"against the {len(rows)} published values: prefill time off by {times.mean():.1%} on average, {times.max():.1%} at worst; "
+        f"against the {len(rows)} published values: prefill time off by {times.mean():.1%} on average, "
+        f"{times.max():.1%} at worst; "
         f"relative time by {relative.mean():.1%} on average, {relative.max():.1%} at worst"
     )
 

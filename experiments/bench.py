@@ -16,22 +16,30 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from experiments import bench_serve
 from experiments.engine import Phase, Request
 from experiments.expand import expand
 from experiments.metrics import prefill_seconds
 from experiments.spec import EngineSettings, SpecError, load_figure, load_testbed
+from experiments.vllm_engine import EngineError
 
 ROUNDS = 40
 LOOP_TARGET = 1.01  # engine time in our loop / in a bare loop over the same engine
 
 
 def engine_process(pipe: Connection, settings: EngineSettings) -> None:
-    """Child process: one engine that answers (budget, prompt tokens, bare loop?) with (seconds, tokens of each step)."""
+    """Child process: one engine that answers (budget, prompt tokens, bare loop?) with (seconds, tokens of each step).
+
+    A job of phases is answered with their record.
+    """
     from experiments.vllm_engine import VllmEngine
 
     engine = VllmEngine(settings)
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
+        if isinstance(job[0], Phase):
+            pipe.send(engine.run(job, time_limit_s=600.0))
+            continue
         budget, tokens, bare = job
         request = Request(0.0, tokens, 1)
         if bare:
@@ -137,8 +145,11 @@ def main() -> int:
         for budget, median, equal in switching():
             print(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {'equal' if equal else 'DIFFER'}")
             same &= equal
+        serving = bench_serve.serving_settings(cpu_settings())
+        with engines([serving]) as (run,):
+            print(*bench_serve.table(bench_serve.measure(serving, run)), sep="\n")
         return 0 if ratio <= LOOP_TARGET and same else 1
-    except SpecError as error:
+    except (SpecError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,4 +1,4 @@
-"""A small engine for tests: constant cost per step and token, no vLLM."""
+"""Small engines for tests: scripted cost per step and token, no vLLM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from analysis.load import Run, TrialRecord
-from experiments.engine import Phase, Record, Recorder
-from experiments.expand import expand
+from experiments.engine import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Recorder, frame
+from experiments.expand import Session, expand
+from experiments.scheduler import Scheduler
+from experiments.scheduler import Sequence as Running
 from experiments.session import run_session
 from experiments.spec import EngineSettings, load_figure, load_testbed
+from experiments.workload import synthetic_trace
 
 Factor = Callable[[int, int], float]  # (prompt tokens, chunk size in tokens) -> relative cost
+StepCost = Callable[[int, int, int], float]  # (prefill tokens, decode tokens, chunk size), all in tokens -> seconds
+SATURATION = {"mistral-7b": 9.0, "yi-34b": 7.0}  # requests per second, as if measured
 
 
 class FakeEngine:
@@ -73,6 +78,80 @@ class ScriptedEngine(FakeEngine):
         return record
 
 
+class FakeServingEngine:
+    """Serves arrivals with our scheduler on a clock that a scripted cost per step drives, with noise by seed."""
+
+    def __init__(self, settings: EngineSettings, cost: StepCost, noise: float = 0.0, seed: int = 0) -> None:
+        self.settings, self.cost, self.noise, self.random = settings, cost, noise, random.Random(seed)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"engine": "fake", "fake": "1", "vllm": "0", "torch": "0", "dtype": "float32", "threads": 1}
+
+    def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
+        recorder, now = Recorder(), 0.0
+        for number, phase in enumerate(phases):
+            now = self._serve(recorder, number, phase, now)
+        return recorder.record(truncated=False)
+
+    def _serve(self, recorder: Recorder, number: int, phase: Phase, now: float) -> float:
+        """One phase, from `now`; the time at which it is done."""
+        scheduler = Scheduler(phase.budget, self.settings.max_batch, 16, 1 << 20)
+        coming = [(now + request.arrival_s, request) for request in phase.requests][::-1]
+        while coming or scheduler.running or scheduler.waiting:
+            if not scheduler.running and not scheduler.waiting:
+                now = max(now, coming[-1][0])
+            while coming and coming[-1][0] <= now:
+                arrival, request = coming.pop()
+                index, sizes = len(recorder.requests), [request.prompt_tokens, request.output_tokens]
+                recorder.requests.append([index, number, phase.budget, arrival, now, *sizes, 0, -1, -1, 0])
+                scheduler.add(Running(index, *sizes))
+            now = self._step(recorder, scheduler, now)
+        return now
+
+    def _step(self, recorder: Recorder, scheduler: Scheduler, now: float) -> float:
+        batch, step = scheduler.schedule(), len(recorder.steps)
+        prompts = [(sequence, tokens) for sequence, tokens in batch.scheduled if sequence.computed < sequence.prompt]
+        prefill, decodes = sum(tokens for _, tokens in prompts), len(batch.scheduled) - len(prompts)
+        for sequence, _ in prompts:
+            if not sequence.computed:
+                recorder.requests[sequence.index][8] = step
+        seconds = self.cost(prefill, decodes, scheduler.budget) * math.exp(self.random.gauss(0.0, self.noise))
+        waiting = len(scheduler.waiting)
+        recorder.steps.append((now, seconds, scheduler.budget, prefill, decodes, len(prompts), 0, 0, waiting, 0))
+        for sequence in scheduler.update(batch):
+            recorder.requests[sequence.index][9] = step
+        for sequence, _ in batch.scheduled:
+            if sequence.generated > recorder.requests[sequence.index][7]:
+                recorder.requests[sequence.index][7] = sequence.generated
+                recorder.tokens.append((sequence.index, now + seconds))
+        return now + seconds
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def chunked(prefill: int, decodes: int, budget: int) -> float:
+    """As on a real machine: a fixed cost per step, so that small chunks pay it more often and large ones last longer."""
+    return 5e-3 + 1e-4 * (prefill + decodes)
+
+
+def serving_run(cost: StepCost = chunked, noise: float = 0.05, testbed: str = "cpu", replicates: int = 3) -> Run:
+    """A Figure 9b run in memory. noise: of every step."""
+    trace = synthetic_trace()
+    sessions = expand(load_figure("fig9b"), load_testbed(testbed), replicates, SATURATION)
+
+    def trials(session: Session) -> list[TrialRecord]:
+        names = [trial.name for trial in session.trials]
+        results = run_session(session, names, lambda settings: FakeServingEngine(settings, cost, noise, session.seed), trace)
+        return [
+            TrialRecord(Path("in-memory"), {"format": 1, "session": r.session, "trial": r.trial, **r.facts}, r.record)
+            for r in results
+        ]
+
+    return in_memory(sessions, tuple(trial for session in sessions for trial in trials(session)))
+
+
 def synthetic_run(factor: Factor, noise: float = 0.01, testbed: str = "cpu", replicates: int = 5, bias: float = 0.0) -> Run:
     """A Figure 9a run in memory. noise: of every prefill; bias: spread between sessions of the smallest chunk size."""
     trials = []
@@ -90,14 +169,42 @@ def synthetic_run(factor: Factor, noise: float = 0.01, testbed: str = "cpu", rep
         for result in run_session(session, [trial.name for trial in session.trials], make):
             facts = {"format": 1, "session": result.session, "trial": result.trial, **result.facts}
             trials.append(TrialRecord(Path("in-memory"), facts, result.record))
+    return in_memory(sessions, tuple(trials))
+
+
+def tiny_record() -> Record:
+    """Three requests at chunk size 8, small enough to work out by hand, between two probes; phase 1 is the measured one."""
+    requests = [
+        [0, 0, 8, 0.0, 0.0, 4, 1, 1, 0, 0, 0],
+        [1, 1, 8, 1.0, 1.0, 12, 3, 3, 1, 4, 0],
+        [2, 1, 8, 1.2, 1.5, 4, 2, 2, 2, 3, 0],
+        [3, 1, 8, 5.0, 5.0, 2, 1, 1, 5, 5, 0],
+        [4, 2, 8, 6.0, 6.0, 4, 1, 1, 6, 6, 0],
+    ]
+    steps = [
+        (0.0, 0.5, 8, 4, 0, 1, 10, 0, 0, 0),
+        (1.0, 0.5, 8, 8, 0, 1, 36, 0, 0, 0),
+        (1.5, 0.5, 8, 8, 0, 2, 52, 0, 0, 0),
+        (2.0, 0.25, 8, 0, 2, 0, 0, 18, 0, 0),
+        (2.25, 0.75, 8, 0, 1, 0, 0, 14, 0, 0),
+        (5.0, 0.5, 8, 2, 0, 1, 3, 0, 0, 0),
+        (6.0, 0.5, 8, 4, 0, 1, 10, 0, 0, 0),
+    ]
+    tokens = [(0, 0.5), (1, 2.0), (2, 2.0), (1, 2.25), (2, 2.25), (1, 3.0), (3, 5.5), (4, 6.5)]
+    return Record(frame(requests, REQUEST_COLUMNS), frame(steps, STEP_COLUMNS), frame(tokens, TOKEN_COLUMNS))
+
+
+def in_memory(sessions: Sequence[Session], trials: tuple[TrialRecord, ...]) -> Run:
+    """The trials of these sessions as a run of one bag."""
+    first = sessions[0]
     plan = {
-        "figure": "fig9a",
-        "testbed": testbed,
+        "figure": first.figure,
+        "testbed": first.testbed,
         "testbed_title": "synthetic",
-        "platform": sessions[0].engine.platform,
-        "scale": sessions[0].scale,
+        "platform": first.engine.platform,
+        "scale": first.scale,
         "commit": {"commit": None, "modified": None},
         "identity": {},
         "not_run": [],
     }
-    return Run("fig9a", testbed, (Path("bag-00000000-1"),), plan, tuple(trials))
+    return Run(first.figure, first.testbed, (Path("bag-00000000-1"),), plan, trials)

@@ -15,7 +15,7 @@ ONLY_IN = {
     "vllm": {"experiments.vllm_engine"},
     "torch": {"experiments.vllm_engine"},
     "ray": {"experiments.cluster"},
-    "matplotlib": {"analysis.plots"},
+    "matplotlib": {"analysis.plots", "analysis.plots_serving"},
 }
 MAY_START_RUNS = {"analysis.recommend", "analysis.validate"}
 

@@ -59,7 +59,7 @@ def test_the_published_values_stand_beside_the_papers_model_on_the_same_scale(cp
     figure = plots.prefill_figure(cpu_run)
     regenerated, published, other, empty = figure.axes
     assert "fig9a on testbed cpu" in figure.get_suptitle()
-    assert "divided by 8" in figure.get_suptitle()
+    assert "scale 1:8" in figure.get_suptitle()
     assert regenerated.get_title().startswith("regenerated: yi-34b-200k\ncpu, lengths ÷ 8; 5 replicates, 95 % intervals")
     assert published.get_title().startswith("published: yi-34b-200k\nA100")
     assert other.get_title().startswith("regenerated: mistral-7b")
@@ -98,7 +98,7 @@ def test_grey_print_keeps_the_order_of_the_chunk_sizes() -> None:
 
 def test_a_simulated_run_says_so_and_is_hatched(cpu_run: Run) -> None:
     pretended = plots.prefill_figure(simulated(synthetic_run(overhead, testbed="a100", replicates=2)))
-    assert pretended.get_suptitle().startswith("SIMULATED: ")
+    assert pretended.get_suptitle().startswith("SIMULATED ")
     mine, published, *_ = pretended.axes
     assert mine.get_title().startswith("SIMULATED: ")
     assert {bar.get_hatch() for bar in mine.patches} == {plots.HATCH}

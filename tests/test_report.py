@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeEngine
+from fakes import FakeEngine, serving_run
 
 from analysis import report
 from analysis.load import find_runs
@@ -18,14 +18,17 @@ from experiments.spec import SpecError, load_figure, load_testbed
 from experiments.store import Run, to_json
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
-NAMES = {"smoke": "smoke-cpu", "fig9a": "fig9a-cpu"}
+NAMES = {"smoke": "smoke-cpu", "fig9a": "fig9a-cpu", "fig9b": "fig9b-cpu"}
 
 
 def seal(runs: Path, figure: str, platform: str = "cpu") -> Path:
     """A run of the fake engine with two replicates, laid out like a bag as far as the report reads one."""
     bed = load_testbed("cpu")
     run = Run(runs / NAMES[figure], {"figure": figure})
-    for session in expand(load_figure(figure), bed, 2):
+    if figure == "fig9b":
+        for trial in serving_run(replicates=2).trials:
+            run.write_trial(trial.facts["session"], trial.facts["trial"], trial.facts, trial.record)
+    for session in expand(load_figure(figure), bed, 2) if figure != "fig9b" else []:
         for result in run_session(session, [trial.name for trial in session.trials], FakeEngine):
             run.write_trial(result.session, result.trial, result.facts, result.record)
     bag = run.folder / f"bag-{run.id}-1"
@@ -125,7 +128,7 @@ def test_one_self_contained_page(runs: Path, tmp_path: Path, capsys: pytest.Capt
     page = make(runs, tmp_path / "report", verdict(parts, [claim(), claim(id="C4", verdict="NOT-RUN", run=None, title=None)]))
     assert capsys.readouterr().out == f"report written to {tmp_path / 'report' / 'index.html'}\n"
     made = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = {f"{name}.{suffix}" for name in NAMES.values() for suffix in ("png", "svg")}
+    pictures = {f"{name}.{suffix}" for name in ("fig9a-cpu", "smoke-cpu") for suffix in ("png", "svg")}
     assert made == {"verdict.json", "index.html", *pictures}
     text = (tmp_path / "report" / "index.html").read_text()
     assert not re.search(r"https?:|//[a-z]", text)
@@ -142,7 +145,7 @@ def test_what_a_reviewer_looks_for(runs: Path, tmp_path: Path) -> None:
     page = make(runs, tmp_path, verdict([judged(bag_of(runs, "fig9a"))], [claim(), claim(id="C4", verdict="NOT-RUN")]))
     for said in ("✓ PASS", "1 NOT-RUN", "The ratio is 1.25 (1.21 to 1.29).", "contradicts this (1.17)", "3.1 %", "modified"):
         assert said in re.sub(r"\s+", " ", page.text)
-    for said in ("vLLM 0.32", "bfloat16", "interleaved", "random token ids", "median of 5", "asynchronous", "divided by 8"):
+    for said in ("vLLM 0.32", "float32", "interleaved", "random token ids", "median of 5", "asynchronous", "divided by 8"):
         assert said in page.text
     assert sha256(bag_of(runs, "fig9a") / "tagmanifest-sha256.txt") in page.text
     assert "Finished but not judged by the last make verify: smoke-cpu." in page.text
@@ -210,10 +213,51 @@ def test_a_simulated_run_says_so(tmp_path: Path) -> None:
     data = verdict([judged(bag, simulated=True)], [claim(simulated=True)])
     page = make(tmp_path / "runs", tmp_path / "report", data)
     assert page.text.count("SIMULATED") == 3  # at the claim, at the figure, at the run
-    assert str(page.all("img")[0]["alt"]).startswith("simulated: ")
+    assert str(page.all("img")[0]["alt"]).startswith("SIMULATED ")
     assert "simulated: mistral-7b, 2 replicates" in page.text
     measured = make(tmp_path / "runs", tmp_path / "report", verdict([judged(bag)], [claim()]))
     assert "SIMULATED" not in measured.text
+
+
+def test_the_serving_view(tmp_path: Path) -> None:
+    bag = seal(tmp_path / "runs", "fig9b")
+    page = make(tmp_path / "runs", tmp_path / "report", verdict([judged(bag)], [claim()]))
+    alts = [str(attrs["alt"]) for attrs in page.all("img")]
+    # the figure, the trade-off; for each model the gaps at two QPS and two trials
+    assert len(alts) == 2 + 2 * (2 + 2)
+    assert all("trace synthetic-sharegpt" in alt and "scale 1:8" in alt for alt in alts)
+    assert "mistral-7b, QPS 1 (3.33 requests/s): chunk size 256: P50 TTFT " in alts[0]
+    stems = {path.stem for path in (tmp_path / "report").glob("*.svg")}
+    trials = {"mistral-7b-seed42-qps3-chunk256", "mistral-7b-seed42-qps3-chunk1024"}
+    trials |= {"yi-34b-seed42-qps1-chunk512", "yi-34b-seed42-qps1-chunk2048"}
+    gaps = {"mistral-7b-qps1", "mistral-7b-qps3", "yi-34b-qps0.55", "yi-34b-qps1"}
+    wanted = {"", "-tradeoff", *(f"-tbt-{name}" for name in gaps), *(f"-trial-{name}" for name in trials)}
+    assert stems == {f"fig9b-cpu{name}" for name in wanted}
+    text = re.sub(r"\s+", " ", page.text)
+    assert "The paper publishes no numbers for Figure 9b" in text
+    assert "mistral-7b, 2 replicates" in text
+    folded = page.tags.index(("summary", {}), page.tags.index(("img", page.all("img")[1])))  # only the first two stand open
+    assert page.tags.index(("img", page.all("img")[2])) > folded
+    table = text[text.index("P50 TTFT ms, mean") :]
+    assert table.index(" 256 ") < table.index(" 512 ") < table.index(" 1024 ")
+    assert len(page.all("caption")) == 2
+
+
+def test_the_numbers_of_a_claim_are_in_the_order_of_reading(runs: Path, tmp_path: Path) -> None:
+    numbers = {
+        "low": 1.1,
+        "p_fail": 1.0,
+        "p_pass": 0.01,
+        "ratio": 1.2,
+        "replicates": 5,
+        "high": 1.3,
+        "a_new_one": 7,
+        "level": 0.025,
+    }
+    assert list(report.ordered(numbers)) == ["ratio", "low", "high", "replicates", "p_pass", "p_fail", "level", "a_new_one"]
+    page = make(runs, tmp_path, verdict([judged(bag_of(runs, "smoke"))], [claim(numbers=dict(sorted(numbers.items())))]))
+    said = page.text[page.text.index("Numbers") :]
+    assert said.index("ratio") < said.index("high") < said.index("replicates") < said.index("p pass") < said.index("a new one")
 
 
 def test_a_broken_gate_is_told_beside_the_picture(runs: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from experiments import run as run_module
 from experiments.provenance import ROOT
 from experiments.run import main
-from experiments.spec import Testbed, load_testbed
+from experiments.spec import load_testbed
 from experiments.store import read_trial
 
 SIM = ("--testbed", "a100-sim")
@@ -141,6 +141,6 @@ def test_an_interruption_keeps_what_is_finished(
 
 
 def test_every_simulated_testbed_names_its_calibrations() -> None:
-    testbed: Testbed = load_testbed("a100-sim")
+    testbed = load_testbed("a100-sim")
     assert testbed.calibrations is not None
     assert set(testbed.calibrations) == set(testbed.models)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -24,6 +24,7 @@ def test_p_values_are_scipys_one_sample_t_test(values: list[float]) -> None:
     assert seen.interval() == pytest.approx((math.exp(interval.low), math.exp(interval.high)))
 
 
+@settings(max_examples=20, deadline=None)  # statsmodels is slow to start and slower to adjust
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=10))
 def test_holm_is_statsmodels_holm(values: list[float]) -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")

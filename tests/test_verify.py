@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeEngine, ScriptedEngine, synthetic_run
+from fakes import FakeEngine, ScriptedEngine, StepCost, serving_run, synthetic_run
 
 from analysis import gates, integrity
 from analysis.claims import load_claims, published_verdict
@@ -51,8 +51,8 @@ def verdicts(run: Run) -> dict[str, str]:
 
 def entries(run: Run) -> list[dict[str, Any]]:
     part = {
-        "name": f"fig9a-{run.testbed}",
-        "figure": "fig9a",
+        "name": f"{run.figure}-{run.testbed}",
+        "figure": run.figure,
         "title": run.title,
         "simulated": False,
         "gates": [dataclasses.asdict(gate) for gate in gates.check(run)],
@@ -65,7 +65,8 @@ GOOD = by_chunk("cpu", 2.2, 1.4, 1.1)
 
 def test_a_good_cpu_run_passes_its_claims_and_the_papers_do_not_apply() -> None:
     found = verdicts(synthetic_run(GOOD))
-    assert found == {claim.id: "PASS" if "cpu" in claim.scope else "NOT-APPLICABLE" for claim in CLAIMS}
+    of_9a = [claim for claim in CLAIMS if claim.figure == "fig9a"]
+    assert found == {claim.id: "PASS" if "cpu" in claim.scope else "NOT-APPLICABLE" for claim in of_9a}
     assert overall([{"verdict": v} for v in found.values()], False) == ("PASS", 0)
 
 
@@ -100,7 +101,36 @@ def test_every_claim_passes_on_some_run() -> None:
     passed: set[str] = set()
     for factor, testbed in ((GOOD, "cpu"), (published, "a100"), (by_chunk("a100", 1.2, 1.1, 1.0), "a100")):
         passed |= {name for name, verdict in verdicts(synthetic_run(factor, testbed=testbed)).items() if verdict == "PASS"}
+    passed |= {name for name, verdict in verdicts(serving_run(replicates=5)).items() if verdict == "PASS"}
     assert passed == {claim.id for claim in CLAIMS}
+
+
+def larger_is_faster(_prefill: int, _decodes: int, budget: int) -> float:
+    """A machine on which a step with a larger chunk size takes less time: tokens come late where chunks are small."""
+    return 0.4 / budget
+
+
+def larger_is_far_slower(prefill: int, decodes: int, _budget: int) -> float:
+    """A machine on which prefill grows with the square of the chunk: with large chunks the first token comes late."""
+    return 2e-3 + 5e-6 * prefill**2 + 1e-4 * decodes
+
+
+@pytest.mark.parametrize(("metric", "cost"), [("tbt_p99", larger_is_faster), ("ttft_p50", larger_is_far_slower)])
+def test_each_claim_of_9b_passes_on_one_machine_and_fails_on_another(metric: str, cost: StepCost) -> None:
+    of_9b = {claim.id for claim in CLAIMS if claim.figure == "fig9b"}
+    about = {claim.id for claim in CLAIMS if claim.figure == "fig9b" and claim.statistic.name == metric}
+    assert of_9b == {f"C{number}" for number in range(9, 17)}
+    assert len(about) == 4
+    found = {entry["id"]: entry for entry in entries(serving_run(cost, replicates=5))}
+    assert set(found) == of_9b
+    assert {name for name, entry in found.items() if entry["verdict"] == "FAIL"} == about
+    assert {entry["verdict"] for name, entry in found.items() if name not in about} == {"PASS"}
+    assert {entry["published"]["verdict"] for entry in found.values()} == {"not published"}
+
+
+def test_a_serving_run_on_another_testbed_is_not_judged() -> None:
+    run = dataclasses.replace(serving_run(replicates=1), testbed="elsewhere")
+    assert set(verdicts(run).values()) == {"NOT-APPLICABLE"}
 
 
 def test_noise_is_inconclusive_and_says_how_many_replicates_would_settle_it() -> None:
@@ -147,8 +177,16 @@ def noisy_probe(trial: TrialRecord) -> TrialRecord:
     return dataclasses.replace(trial, record=dataclasses.replace(trial.record, steps=steps))
 
 
+def late(trial: TrialRecord) -> TrialRecord:
+    """Every request enters a second after the longest step that could have kept it waiting."""
+    after = 1.0 + trial.record.steps["seconds"].max()
+    requests = trial.record.requests.assign(injected_s=trial.record.requests["arrival_s"] + after)
+    return dataclasses.replace(trial, record=dataclasses.replace(trial.record, requests=requests))
+
+
 BROKEN: dict[str, Callable[[Run], Run]] = {
     "requests finished": lambda run: change(run, edit_table("requests", "generated_tokens", 0)),
+    "arrivals kept": lambda run: change(run, late),
     "budget obeyed": lambda run: change(run, edit_table("steps", "prefill_tokens", 10**6)),
     "no cache hit": lambda run: change(run, edit_table("requests", "cached_tokens", 16)),
     "no undeclared preemption": lambda run: change(run, edit_table("steps", "preempted", 1)),
@@ -163,12 +201,17 @@ BROKEN: dict[str, Callable[[Run], Run]] = {
 
 @pytest.mark.parametrize("name", [gate.gate for gate in gates.check(synthetic_run(GOOD, replicates=1))])
 def test_each_gate_alone_makes_its_claims_inconclusive(name: str) -> None:
-    run = BROKEN[name](synthetic_run(GOOD, replicates=2))
+    serving = name == "arrivals kept"  # in Figure 9a there are none to keep
+    run = BROKEN[name](serving_run(replicates=2) if serving else synthetic_run(GOOD, replicates=2))
     assert [gate.gate for gate in gates.check(run) if not gate.ok] == [name]
-    found = {entry["id"]: entry for entry in entries(run)}
-    assert found["C3"]["verdict"] == "INCONCLUSIVE"
-    assert f"gate broken: {name}" in found["C3"]["reason"]
-    assert found["C1"]["verdict"] == "NOT-APPLICABLE"
+    found = {entry["id"]: entry for entry in entries(run) if entry["verdict"] != "NOT-APPLICABLE"}
+    assert {claim.id for claim in CLAIMS if claim.figure == run.figure and "cpu" in claim.scope} == set(found)
+    assert {entry["verdict"] for entry in found.values()} == {"INCONCLUSIVE"}
+    assert all(f"gate broken: {name}" in entry["reason"] for entry in found.values())
+
+
+def test_every_gate_holds_on_a_good_serving_run() -> None:
+    assert [gate for gate in gates.check(serving_run(replicates=2)) if not gate.ok] == []
 
 
 def test_a_truncated_trial_is_not_complete() -> None:

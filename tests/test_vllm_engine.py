@@ -113,9 +113,9 @@ def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
 
 
 def leftovers() -> str:
-    """Processes of Ray or vLLM that are still there, after a moment's grace."""
+    """Processes of Ray or vLLM that are still there, after a minute: Ray's agents notice within half a one that their node is gone."""
     pattern = "raylet|gcs_server|ray::|VLLM::|default_worker"
-    for _ in range(20):
+    for _ in range(120):
         left = subprocess.run(["pgrep", "-af", pattern], capture_output=True, text=True, check=False).stdout
         left = "\n".join(line for line in left.splitlines() if "pgrep" not in line)
         if not left:
