@@ -113,7 +113,7 @@ def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
 
 
 def leftovers() -> str:
-    """Processes of Ray or vLLM that are still there, after a minute: Ray's agents notice within half a one that their node is gone."""
+    """Processes of Ray or vLLM still there after a minute: Ray's agents take half a one to notice that their node is gone."""
     pattern = "raylet|gcs_server|ray::|VLLM::|default_worker"
     for _ in range(120):
         left = subprocess.run(["pgrep", "-af", pattern], capture_output=True, text=True, check=False).stdout
