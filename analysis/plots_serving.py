@@ -208,7 +208,7 @@ def tbt_figure(run: Run, model: str, qps: float) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         if run.simulated:
             axes.patch.set(**SIMULATED_GROUND)
-        headline(figure, run, 52, f"TBT of {model}, {load_words(qps, rates)}")
+        headline(figure, run, 44, f"TBT of {model}, {load_words(qps, rates)}")
     return figure
 
 
