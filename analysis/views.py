@@ -124,9 +124,9 @@ SERVING_CAPTION = (
     "numbers for Figure 9b, so nothing stands beside it: what the paper states of it is judged among the verdicts above."
 )
 TRADEOFF_CAPTION = (
-    "The same points against each other, a curve per QPS, each point named by its chunk size; both scales are logarithmic. A "
-    "smaller chunk size moves up (a later first token) and to the left (steadier tokens after it). Further left and lower is "
-    "better."
+    "The same points against each other, a curve per QPS, each point named by its chunk size; both scales are logarithmic. By "
+    "the paper's account a smaller chunk size lies higher (a later first token) and further left (steadier tokens after it). "
+    "Lower and further left is better."
 )
 TBT_CAPTION = (
     "How many of the gaps between two tokens of a request are longer than so long, all seeds together; where a curve crosses "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,39 @@ from experiments.workload import Trace
 
 ATTEMPTS = 3  # a session that dies is started again for the trials it still owes, at most this often in all
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
+
+
+SWEEPER = """
+import select, shutil, sys, psutil
+folder, driver, seen = sys.argv[1], psutil.Process(int(sys.argv[2])), set()
+while not select.select([sys.stdin], [], [], 5.0)[0]:  # readable when the driver has ended, however it did
+    try:
+        seen |= set(driver.children(recursive=True))
+    except psutil.Error:
+        break
+for process in seen - {psutil.Process()}:
+    try:
+        process.kill()
+    except psutil.Error:
+        pass
+shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+@contextlib.contextmanager
+def _sweeper(folder: str) -> Iterator[None]:
+    """A process that outlives the driver, kill -9 included, and then ends whatever is left of its Ray; folder and all.
+
+    Left alone, Ray's agents stay for more than a minute after their node is gone.
+    """
+    command = [sys.executable, "-c", SWEEPER, folder, str(os.getpid())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(60)
 
 
 def _die_with_parent() -> None:
@@ -49,7 +83,19 @@ def ray_cluster() -> Iterator[Any]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     address = os.environ.get("RAY_ADDRESS")
-    folder = None if address else tempfile.mkdtemp(prefix="chunked-ray-")
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if not address:
+            folder = tempfile.mkdtemp(prefix="chunked-ray-")
+            stack.enter_context(_sweeper(folder))
+        _start(ray, address, folder)
+        stack.callback(ray.shutdown)
+        for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
+            signal.signal(number, handler)
+        yield ray
+
+
+def _start(ray: Any, address: str | None, folder: str | None) -> None:
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")
@@ -64,14 +110,6 @@ def ray_cluster() -> Iterator[Any]:
             )
     except (ConnectionError, ValueError) as error:
         raise SpecError(f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there ({type(error).__name__})") from None
-    for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
-        signal.signal(number, handler)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _options(session: Session, ray: Any) -> dict[str, Any]:
