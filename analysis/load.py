@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ class Run:
         """Held-out relative error of the step times of a model: 0 where they were measured."""
         errors = (t.facts["engine"].get("calibration_error") for t in self.trials if t.facts["model"] == model)
         return max((float(error["held_out"]) for error in errors if error), default=0.0)
+
+    @cached_property
+    def serving(self) -> pd.DataFrame:
+        """serving_trials, computed once: every claim, gate and picture asks for it."""
+        return _serving_trials(self)
 
     @property
     def kind(self) -> str:
@@ -176,6 +182,10 @@ def serving_trials(run: Run) -> pd.DataFrame:
 
     Columns: model, in_paper, seed, trial, repeat, qps (the paper's), chunk_size (text), rate, then metrics.serving_metrics.
     """
+    return run.serving.copy()
+
+
+def _serving_trials(run: Run) -> pd.DataFrame:
     rows = []
     for trial in run.trials:
         phase = point_phase(trial.facts["phases"])
