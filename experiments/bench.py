@@ -30,13 +30,17 @@ LOOP_TARGET = 1.01  # engine time in our loop / in a bare loop over the same eng
 def engine_process(pipe: Connection, settings: EngineSettings) -> None:
     """Child process: one engine that answers (budget, prompt tokens, bare loop?) with (seconds, tokens of each step).
 
-    A job of phases is answered with their record.
+    A job of phases is answered with their record, an empty job with the engine's facts.
     """
     from experiments.vllm_engine import VllmEngine
 
     engine = VllmEngine(settings)
+    engine.check()
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
+        if not job:
+            pipe.send(dict(engine.facts))
+            continue
         if isinstance(job[0], Phase):
             pipe.send(engine.run(job, time_limit_s=600.0))
             continue

@@ -77,7 +77,7 @@ Measured = dict[float | None, tuple[Sample, Sample]]  # rate (None: one at a tim
 
 
 def serving_settings(settings: EngineSettings) -> EngineSettings:
-    """These settings with the chunk size and batch of this comparison, and one thread.
+    """These settings with the chunk size and batch of this comparison, and one thread whatever the testbed has.
 
     With two threads on two cores the server's HTTP process takes a core from its engine: TTFT 21 ms instead of 8 ms above ours.
     """

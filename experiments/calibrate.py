@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import yaml
 from scipy.optimize import nnls
 
@@ -32,14 +31,8 @@ from experiments.cost_model import (
     attention_of,
     linear_flop_per_token,
 )
-from experiments.engine import STEP_COLUMNS, Phase, Request
-from experiments.spec import EngineSettings, SpecError, load_model, read_yaml
+from experiments.spec import SpecError, load_model, read_yaml
 
-COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
-MIN_STEPS = 60  # fewer cannot fix about ten coefficients and leave some to test them
-HELD_OUT = 4  # every fourth step is held out
-OUTLIER = 4.0  # scaled median absolute deviations beyond which a step is a tail, not jitter
-DECODES = 16  # output tokens per request of a calibration run
 LONGEST_PROFILE = 16384  # tokens; the longest step of Figure 9
 
 
@@ -96,7 +89,7 @@ def _yi_linear(measured: Ints, seconds: Floats, operators: tuple[Ints, Floats]) 
     tokens, shape = operators
     ratio = seconds / np.interp(measured, tokens, shape)
     bent = shape * np.interp(np.log(tokens), np.log([1, *measured]), [1.0, *ratio])
-    return _profile(tokens, bent)
+    return rounded_profile(tokens, bent)
 
 
 def _header(published: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -104,7 +97,7 @@ def _header(published: Mapping[str, Any], model: str) -> dict[str, Any]:
     return header | {"valid": ValidRange(**header["valid"])}
 
 
-def _profile(at: Ints, seconds: Floats) -> Profile:
+def rounded_profile(at: Ints, seconds: Floats) -> Profile:
     return Profile(tuple(int(n) for n in at), tuple(round(float(s), 8) for s in seconds))
 
 
@@ -121,7 +114,7 @@ def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
 
     def decode_profile(keep: npt.NDArray[np.bool_]) -> Profile:  # of 0 requests it is 0; more requests never cost less
         rest = np.maximum.accumulate(np.maximum(decoding - overhead - linear.table()[requests] - read, 0.0))
-        return _profile(np.concatenate([[0], requests[keep]]), np.concatenate([[0.0], rest[keep]]))
+        return rounded_profile(np.concatenate([[0], requests[keep]]), np.concatenate([[0.0], rest[keep]]))
 
     draft = Calibration(
         **_header(published, "yi-34b"),
@@ -148,7 +141,7 @@ def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
         out.append(prefill_error(CostModel(replace(draft, linear=_yi_linear(tokens[keep], own[keep], operators))), i))
     for i in range(1, len(requests) - 1):
         out.append(decode_error(CostModel(replace(draft, decode=decode_profile(requests != requests[i]))), i))
-    return replace(draft, error=_error(fitted, out, "each published step but the first and last, left out in turn"))
+    return replace(draft, error=fit_error(fitted, out, "each published step but the first and last, left out in turn"))
 
 
 def calibrate_mistral(published: Mapping[str, Any], yi: Calibration) -> Calibration:
@@ -161,7 +154,7 @@ def calibrate_mistral(published: Mapping[str, Any], yi: Calibration) -> Calibrat
     tokens = np.array(profile["tokens"])
     keep, layers = tokens <= LONGEST_PROFILE, load_model("mistral-7b")["num_hidden_layers"]
     seconds = _column(profile, "ms_per_layer")[keep] / 1e3 * layers
-    recipe = CostModel(replace(yi, linear=_profile(*_operators(published))))
+    recipe = CostModel(replace(yi, linear=rounded_profile(*_operators(published))))
     steps = published["yi_prefill_steps"]
     held_out = [
         recipe.step(n, 0, 1, n * (n + 1) // 2, 0) * 1e3 / ms - 1 for n, ms in zip(steps["tokens"], steps["ms"], strict=True)
@@ -170,106 +163,18 @@ def calibrate_mistral(published: Mapping[str, Any], yi: Calibration) -> Calibrat
     return Calibration(
         **_header(published, "mistral-7b"),
         overhead_s=round(fixed, 8),
-        linear=_profile(tokens[keep], seconds),
+        linear=rounded_profile(tokens[keep], seconds),
         decode=Profile((0, 128), (0.0, round(128 * per_request, 8))),
         attention=_attention(published, "mistral-7b", 1, "float16"),
         jitter=yi.jitter,
-        error=_error(list(host_fit), held_out, "the same recipe on Yi-34B's published prefill steps"),
+        error=fit_error(list(host_fit), held_out, "the same recipe on Yi-34B's published prefill steps"),
     )
 
 
-def _error(fitted: Sequence[float], held_out: Sequence[float], on: str) -> FitError:
+def fit_error(fitted: Sequence[float], held_out: Sequence[float], on: str) -> FitError:
     figures = np.mean(np.abs(fitted)), np.max(np.abs(fitted)), np.mean(np.abs(held_out))
     mean, worst, out = (round(float(figure), 4) for figure in figures)
     return FitError(mean, worst, out, on)
-
-
-def fit_records(
-    steps: pd.DataFrame, settings: EngineSettings, name: str, title: str, source: str, block_size: int
-) -> Calibration:
-    """Fit the same model to the steps of a real engine: STEP_COLUMNS, one row per step, warm-up left out.
-
-    Least squares on relative errors with all coefficients >= 0, once more without outliers; the profile, rising from 0, has
-    knots at powers of 2. `masked_share` is 0: vLLM's kernels skip masked tiles. Every fourth step is held out; jitter comes
-    from the residuals of the others. Raises SpecError for missing columns, too few steps, or none with prefill or decode.
-    """
-    missing = [column for column in STEP_COLUMNS if column not in steps]
-    if missing:
-        raise SpecError(f"fit_records: {source}: columns: got none named {', '.join(missing)}; allowed: all of STEP_COLUMNS")
-    seconds = steps["seconds"].to_numpy(dtype=np.float64)
-    prefill, decodes, pairs, context = (steps[column].to_numpy(dtype=np.int64) for column in COMPOSITION)
-    if len(steps) < MIN_STEPS or not (prefill.any() and decodes.any() and (seconds > 0).all()):
-        came = f"{len(steps)} steps, {np.sum(prefill > 0)} with prefill, {np.sum(decodes > 0)} with decodes"
-        raise SpecError(f"fit_records: {source}: got {came}; allowed: at least {MIN_STEPS}, some of each, all longer than 0 s")
-    tokens = prefill + decodes
-    inner = 2 ** np.arange(1, int(tokens.max()).bit_length())
-    knots = np.array([1, *(n for n in inner.tolist() if n < tokens.max()), int(tokens.max())])
-    lower, width = knots[:-1], np.diff(knots)
-    rise = np.clip(tokens[:, None] - lower, 0, width) / width  # how much of each piece's rise a step has climbed
-    design = np.column_stack([np.ones(len(steps)), rise, pairs, decodes, context])
-    train = np.arange(len(steps)) % HELD_OUT != HELD_OUT - 1
-    usable, solution = train, np.zeros(design.shape[1])
-    for _ in range(2):
-        scale = np.abs(design[usable] / seconds[usable, None]).max(axis=0)
-        scale[scale == 0] = 1.0  # a column without data gets the coefficient 0
-        solution = nnls(design[usable] / seconds[usable, None] / scale, np.ones(int(usable.sum())))[0] / scale
-        off = np.log(seconds / (design @ solution))
-        middle, spread = _median_spread(off[train])
-        usable = train & (np.abs(off - middle) < OUTLIER * spread)
-    unit = attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
-    pair_s, context_s = np.maximum(solution[[-3, -1]], 1e-18).tolist()  # where the data show no cost, next to none is charged
-    attention = replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s)
-    errors = seconds / (design @ solution) - 1
-    return Calibration(
-        calibration=name,
-        title=title,
-        models=(settings.model,),
-        tensor_parallel=settings.tensor_parallel,
-        sources=(source,),
-        overhead_s=float(solution[0]),
-        linear=_profile(knots, np.concatenate([[0.0], np.cumsum(solution[1 : len(knots)])])),
-        decode=Profile((0, int(decodes.max())), (0.0, float(solution[-2] * decodes.max()))),
-        attention=attention,
-        jitter=_fitted_jitter(off[train]),
-        valid=ValidRange(*(int(column.max()) for column in (tokens, decodes, pairs, context))),
-        error=_error(list(errors[usable]), list(errors[~train]), f"every {HELD_OUT}th of {len(steps)} steps"),
-        block_size=block_size,
-        fixed_by=dict.fromkeys(("overhead_s", "linear", "decode", "attention", "jitter", "valid"), source),
-    )
-
-
-def _median_spread(values: Floats) -> tuple[float, float]:
-    """Median and scaled median absolute deviation, an estimate of sigma that outliers do not move."""
-    return float(np.median(values)), 1.4826 * float(np.median(np.abs(values - np.median(values)))) + 1e-12
-
-
-def _fitted_jitter(off: Floats) -> Jitter:
-    """Sigma of the core of the log residuals; what lies beyond OUTLIER sigmas above is tail: its share and mean excess."""
-    middle, spread = _median_spread(off)
-    late = off > middle + OUTLIER * spread
-    core = off[np.abs(off - middle) <= OUTLIER * spread]
-    excess = float(np.mean(np.expm1(off[late] - middle))) if late.any() else 0.0
-    return Jitter(sigma=float(core.std()), tail_share=float(late.mean()), tail_excess=excess)
-
-
-def calibration_phases(settings: EngineSettings) -> list[Phase]:
-    """Work whose steps cover what the engine can be asked; best run a few times, as other work on the machine disturbs it.
-
-    The longest prompt there is, at chunk sizes from the largest down by halves; then batches from the largest down by halves,
-    short and as long as fits: each request goes on for DECODES steps after the last prompt is done, so that all decode at once.
-    """
-    longest, budget, batch = settings.max_model_len, settings.max_budget, settings.max_batch
-    phases = []
-    while budget >= max(settings.max_batch, 8):
-        phases.append(Phase(budget, (Request(0.0, longest - 1, 1, seed=budget),)))
-        budget //= 2
-    while batch:
-        for part in (1, 8):
-            output = min(DECODES + batch * -(-longest // part // settings.max_budget), longest // part - 1)
-            requests = tuple(Request(0.0, longest // part - output, output, seed=n) for n in range(batch))
-            phases.append(Phase(settings.max_budget, requests))
-        batch //= 2
-    return phases
 
 
 def write(calibration: Calibration, path: Path) -> None:

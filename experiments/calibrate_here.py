@@ -4,71 +4,231 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
+from scipy.optimize import nnls
 
 from experiments.bench import engines
-from experiments.calibrate import calibration_phases, fit_records, write
-from experiments.cost_model import Calibration
+from experiments.calibrate import fit_error, rounded_profile, write
+from experiments.cost_model import (
+    PAUSE_S,
+    Calibration,
+    CostModel,
+    Floats,
+    Jitter,
+    Loop,
+    Profile,
+    ValidRange,
+    attention_of,
+    load_calibration,
+)
 from experiments.doctor import choose_testbed
-from experiments.engine import Phase
+from experiments.engine import STEP_COLUMNS, Phase, Record, Request
+from experiments.estimate import HERE, made_on
 from experiments.expand import expand
 from experiments.provenance import ROOT, machine
-from experiments.spec import EngineSettings, SpecError, Testbed, load_figure
+from experiments.spec import EngineSettings, SpecError, Testbed, command, load_figure
 
-ROUNDS = 3  # other work on the machine disturbs one round, seldom the same steps of all
+COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
+MIN_STEPS = 60  # fewer cannot fix about ten coefficients and leave some to test them
+HELD_OUT = 4  # every fourth step is held out
+OUTLIER = 4.0  # scaled median absolute deviations beyond which a step is a tail, not jitter
+BEYOND = 1.05  # how far past the most pairs and context seen the straight lines hold: a full last chunk has 0.3 % more
+WHOLE = 4  # times that a prompt of each length is computed in one step; the first is left out, see observed
+DECODES = 16  # output tokens per request of a calibration run
 
 
-def calibration_path(folder: Path, testbed: str, model: str) -> Path:
-    """Where the calibration of a testbed's model on this machine lies."""
-    return folder / "calibration" / f"{testbed}-{model}.yaml"
+def settings_of(testbed: Testbed) -> dict[str, tuple[EngineSettings, int]]:
+    """Engine model -> the settings of the testbed that ask most of it (longest prompts, largest chunk size), and the longest
 
-
-def settings_of(testbed: Testbed) -> dict[str, EngineSettings]:
-    """Engine model -> the settings of the testbed that ask most of it: longest prompts, largest chunk size."""
-    found: dict[str, EngineSettings] = {}
+    context, in tokens, at which it is to decode; 0 where Figure 9 has no load for it.
+    """
+    found: dict[str, tuple[EngineSettings, int]] = {}
     for figure in ("fig9a", "fig9b"):
         for session in expand(load_figure(figure), testbed, 1):
-            known = found.get(session.engine.model)
-            if known is None or session.engine.max_model_len > known.max_model_len:
-                found[session.engine.model] = session.engine
+            engine = session.engine
+            known, decoding = found.get(engine.model, (engine, 0))
+            most = engine if engine.max_model_len > known.max_model_len else known
+            found[engine.model] = most, max(decoding, engine.max_model_len if session.kind == "serving" else 0)
     return found
 
 
-def calibrate(settings: EngineSettings, testbed: str, rounds: int = ROUNDS) -> Calibration:
-    """Run the calibration's steps on a fresh engine and fit them. The first round warms up and is dropped."""
-    phases = calibration_phases(settings)
+def fit_records(
+    steps: pd.DataFrame, settings: EngineSettings, name: str, title: str, source: str, block_size: int
+) -> Calibration:
+    """Fit the same model to the steps of a real engine: STEP_COLUMNS, one row per step, warm-up left out.
+
+    Least squares on relative errors with all coefficients >= 0, once more without outliers; the profile, rising from 0, has
+    knots at powers of 2. `masked_share` is 0: vLLM's kernels skip masked tiles. Every fourth step is held out; jitter comes
+    from the residuals of the others. Raises SpecError for missing columns, too few steps, or none with prefill or decode.
+    """
+    missing = [column for column in STEP_COLUMNS if column not in steps]
+    if missing:
+        raise SpecError(f"fit_records: {source}: columns: got none named {', '.join(missing)}; allowed: all of STEP_COLUMNS")
+    seconds = steps["seconds"].to_numpy(dtype=np.float64)
+    prefill, decodes, pairs, context = (steps[column].to_numpy(dtype=np.int64) for column in COMPOSITION)
+    if len(steps) < MIN_STEPS or not (prefill.any() and decodes.any() and (seconds > 0).all()):
+        came = f"{len(steps)} steps, {np.sum(prefill > 0)} with prefill, {np.sum(decodes > 0)} with decodes"
+        raise SpecError(f"fit_records: {source}: got {came}; allowed: at least {MIN_STEPS}, some of each, all longer than 0 s")
+    tokens = prefill + decodes
+    inner = 2 ** np.arange(1, int(tokens.max()).bit_length())
+    knots = np.array([1, *(n for n in inner.tolist() if n < tokens.max()), int(tokens.max())])
+    lower, width = knots[:-1], np.diff(knots)
+    rise = np.clip(tokens[:, None] - lower, 0, width) / width  # how much of each piece's rise a step has climbed
+    design = np.column_stack([np.ones(len(steps)), rise, pairs, decodes, context])
+    train = np.arange(len(steps)) % HELD_OUT != HELD_OUT - 1
+    usable, solution = train, np.zeros(design.shape[1])
+    for _ in range(2):
+        scale = np.abs(design[usable] / seconds[usable, None]).max(axis=0)
+        scale[scale == 0] = 1.0  # a column without data gets the coefficient 0
+        solution = nnls(design[usable] / seconds[usable, None] / scale, np.ones(int(usable.sum())))[0] / scale
+        off = np.log(seconds / (design @ solution))
+        middle, spread = _median_spread(off[train])
+        usable = train & (np.abs(off - middle) < OUTLIER * spread)
+    unit = attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
+    pair_s, context_s = np.maximum(solution[[-3, -1]], 1e-18).tolist()  # where the data show no cost, next to none is charged
+    attention = replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s)
+    errors = seconds / (design @ solution) - 1
+    return Calibration(
+        calibration=name,
+        title=title,
+        models=(settings.model,),
+        tensor_parallel=settings.tensor_parallel,
+        sources=(source,),
+        overhead_s=float(solution[0]),
+        linear=rounded_profile(knots, np.concatenate([[0.0], np.cumsum(solution[1 : len(knots)])])),
+        decode=Profile((0, int(decodes.max())), (0.0, float(solution[-2] * decodes.max()))),
+        attention=attention,
+        jitter=_fitted_jitter(off[train], prefill[train] == 0),
+        valid=ValidRange(int(tokens.max()), int(decodes.max()), *(int(BEYOND * column.max()) for column in (pairs, context))),
+        error=fit_error(list(errors[usable]), list(errors[~train]), f"every {HELD_OUT}th of {len(steps)} steps"),
+        block_size=block_size,
+        fixed_by=dict.fromkeys(("overhead_s", "linear", "decode", "attention", "jitter", "loop", "valid"), source),
+    )
+
+
+def observed(records: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame, Loop]:
+    """From records of one engine process: warm steps, the first steps after a pause, and what passed outside the steps.
+
+    Left out is the first step with a number of tokens: the kernels of a new shape are made then, an eighth more of its time.
+    """
+    frames, between, entering = [], [], []
+    for record in records:
+        starts, ends = record.steps["start_s"].to_numpy(), (record.steps["start_s"] + record.steps["seconds"]).to_numpy()
+        place, count = np.unique(np.searchsorted(starts, record.requests["injected_s"]), return_counts=True)
+        first = record.requests["injected_s"].to_numpy()[np.cumsum(count) - count]  # of those that entered before a step
+        pause = np.zeros(len(starts))
+        pause[place] = first - np.concatenate([[0.0], ends])[place]
+        gap = starts - np.concatenate([[0.0], ends[:-1]])
+        between.append(np.delete(gap, place))
+        entering.append((starts[place] - first) / count)
+        frames.append(record.steps.assign(pause=pause))
+    steps = pd.concat(frames, ignore_index=True)
+    again = steps.groupby(steps["prefill_tokens"] + steps["decode_tokens"]).cumcount() > 0
+    paused = steps["pause"] > PAUSE_S
+    medians = (float(np.median(np.concatenate(parts))) for parts in (between, entering))
+    return steps[again & ~paused], steps[again & paused], Loop(*medians)
+
+
+def with_loop(calibration: Calibration, paused: pd.DataFrame, loop: Loop) -> Calibration:
+    """The calibration with what passes outside the steps; `wake_s` is the median excess of the first steps after a pause.
+
+    An excess in seconds: on one machine it was 3 to 6 ms for steps of 10 as of 50 ms.
+    """
+    composition = [paused[name].to_numpy(dtype=np.int64) for name in list(STEP_COLUMNS)[3:8]]
+    excess = paused["seconds"].to_numpy() - CostModel(calibration).steps(*composition)
+    wake_s = max(0.0, float(np.median(excess))) if len(paused) else 0.0
+    return replace(calibration, loop=replace(loop, wake_s=wake_s))
+
+
+def _median_spread(values: Floats) -> tuple[float, float]:
+    """Median and scaled median absolute deviation, an estimate of sigma that outliers do not move."""
+    return float(np.median(values)), 1.4826 * float(np.median(np.abs(values - np.median(values)))) + 1e-12
+
+
+def _fitted_jitter(off: Floats, only_decodes: npt.NDArray[np.bool_]) -> Jitter:
+    """Sigmas of the core of the log residuals; what lies beyond OUTLIER sigmas above is tail: its share and mean excess."""
+    sigmas: list[float] = []
+    excess: list[float] = []
+    for kind in (~only_decodes, only_decodes):
+        middle, spread = _median_spread(off[kind])
+        core = np.abs(off[kind] - middle) <= OUTLIER * spread
+        sigmas.append(float(off[kind][core].std()))
+        excess += np.expm1(off[kind] - middle)[~core & (off[kind] > middle)].tolist()
+    return Jitter(sigmas[0], len(excess) / len(off), float(np.mean(excess)) if excess else 0.0, sigmas[1])
+
+
+def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
+    """Work whose steps cover what the engine can be asked, in random order, so that drift of the machine hits all alike.
+
+    Prompts of the greatest length, and its halves, in one step each (such a step is slower alone than after others of its size:
+    memory is mapped anew); the longest in chunks of at most an eighth, or what the engine allows; full and smaller batches that
+    decode together at short contexts, a full one at the longest (`decoding`, tokens); at every chunk size random requests that
+    come while others run; and some one by one, so that the engine pauses in between.
+    """
+    longest, largest, batch = settings.max_model_len, settings.max_budget, settings.max_batch
+    draw, phases = np.random.default_rng(1), []
+
+    def load(budget: int, count: int, gap_s: float, most: int) -> Phase:
+        prompts = np.exp(draw.uniform(np.log(8), np.log(max(9, longest // 4)), count)).astype(np.int64).tolist()
+        outputs, arrivals = draw.integers(2, most, count).tolist(), np.cumsum(draw.exponential(gap_s, count)).tolist()
+        return Phase(budget, tuple(map(Request, arrivals, prompts, outputs, range(count))))
+
+    for part in range(6):
+        whole = min(longest, largest + 1) >> part
+        phases += [Phase(largest, (Request(0.0, whole - 1, 1, seed=part),))] * WHOLE
+    chunk = budget = min(largest, max(longest // 8, 2 * batch)) if largest >= longest else largest
+    while budget >= max(batch, 8):
+        again = 2 if budget == chunk else 1  # so that its last piece, the costliest, is not the first of its shape
+        phases += [Phase(budget, (Request(0.0, longest - 1, 1, seed=budget),))] * again
+        phases += [load(budget, 3 * batch // 4, gap_s=0.03, most=2 * DECODES) for _ in range(2) if budget > batch]
+        budget //= 2
+    for count, total in [(batch, decoding), *((batch >> n, longest // 8) for n in range(batch.bit_length()))]:
+        # each goes on for DECODES steps after the last prompt is done, so that all decode at once
+        output = min(DECODES + count * -(-total // chunk), total - 1)
+        if output > 0:
+            phases.append(Phase(chunk, tuple(Request(0.0, total - output, output, seed=n) for n in range(count))))
+    phases += [load(chunk, 8, gap_s=0.2, most=8)] * 3
+    return [phases[place] for place in draw.permutation(len(phases))]
+
+
+def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE) -> Path:
+    """Run the calibration's steps on a fresh engine, fit them, store the calibration; where it lies."""
     with engines([settings]) as (run,):
-        run(*(Phase(phase.budget, phase.requests[:1]) for phase in phases))
-        steps = pd.concat([run(*phases).steps for _ in range(rounds)], ignore_index=True)
-    name = f"{testbed}-{settings.model}"
-    source = f"{len(steps)} steps of vLLM on this machine ({machine()['type']})"
-    return fit_records(steps, settings, name, f"{settings.model} on {machine()['type']}", source, block_size=128)
+        block_size = run()["block_size"]
+        steps, paused, loop = observed([run(*calibration_phases(settings, decoding))])
+    name, here = f"{testbed}-{settings.model}", machine()["type"]
+    source = f"{len(steps)} steps of vLLM on this machine ({here})"
+    fitted = fit_records(steps, settings, name, f"{settings.model} on {here}", source, block_size)
+    fitted = replace(with_loop(fitted, paused, loop), made_on=made_on(settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(fitted, path := folder / f"{name}.yaml")
+    return path
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for bad input."""
+    """Exit status 0, or 2 for bad input or an engine that did not start."""
     parser = argparse.ArgumentParser(prog="python -m experiments.calibrate_here", description=__doc__)
     parser.add_argument("--testbed", default="auto")
     parser.add_argument("--out", type=Path, default=ROOT / "artifacts" / "runs")
     options = parser.parse_args(argv)
-    try:
-        testbed, reason = choose_testbed(options.testbed, options.out)
-        if testbed.platform == "simulated":
-            raise SpecError(f"--testbed: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
-        print(f"testbed {testbed.testbed} ({reason}); less than a minute for each model")
-        for model, settings in settings_of(testbed).items():
-            calibration = calibrate(settings, testbed.testbed)
-            path = calibration_path(options.out, testbed.testbed, model)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(calibration, path)
-            error = calibration.error
-            print(f"{model}: held-out error {error.held_out:.1%} ({error.held_out_on}); {path}")
-    except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    testbed, reason = choose_testbed(options.testbed, options.out)
+    if testbed.platform == "simulated":
+        raise SpecError(f"--testbed: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
+    print(f"testbed {testbed.testbed} ({reason}); less than a minute for each model on the CPU")
+    for model, (settings, decoding) in settings_of(testbed).items():
+        began = time.monotonic()
+        path = calibrate(settings, decoding, testbed.testbed)
+        error = load_calibration(str(path)).error
+        seconds = time.monotonic() - began
+        print(f"{model}: held-out error {error.held_out:.1%} ({error.held_out_on}), {seconds:.0f} s; {path}")
     return 0
 
 

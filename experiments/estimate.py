@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
-from experiments.expand import SATURATION, LoadPoint, Session, Trial, expand
+from experiments.cost_model import CALIBRATIONS, load_calibration
+from experiments.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
 from experiments.metrics import of_phase, point_phase, saturation_throughput
+from experiments.provenance import machine, sha256
 from experiments.session import phases_of
 from experiments.simulator import simulated_engine
-from experiments.spec import ServingFigure, SpecError, load_figure, load_testbed
+from experiments.spec import (
+    MODELS,
+    EngineSettings,
+    Figure,
+    ServingFigure,
+    SpecError,
+    Testbed,
+    command,
+    load_figure,
+    load_testbed,
+)
 from experiments.workload import Trace, synthetic_trace
+
+HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never in git
+
+
+def made_on(settings: EngineSettings) -> dict[str, str]:
+    """What must be the same for a calibration from make calibrate to hold: machine, model shape, dtype, threads, GPUs."""
+    return {
+        "machine": machine()["type"],
+        "model": sha256(MODELS / f"{settings.model}.json"),
+        "dtype": settings.dtype,
+        "threads": str(settings.threads),
+        "tensor_parallel": str(settings.tensor_parallel),
+    }
+
+
+def calibration_here(testbed: str, settings: EngineSettings) -> Path | None:
+    """Where the calibration of this machine and model lies; None if there is none, or it was made under other conditions."""
+    path = HERE / f"{testbed}-{settings.model}.yaml"
+    return path if path.is_file() and load_calibration(str(path)).made_on == made_on(settings) else None
+
+
+def calibrated(session: Session) -> Session:
+    """The session with this machine's calibration where there is one, else with what its testbed names, if it names any."""
+    path = calibration_here(session.testbed, session.engine)
+    return replace(session, engine=replace(session.engine, calibration=str(path))) if path else session
 
 
 def simulated_trial_seconds(session: Session, trial: Trial, trace: Trace | None) -> float:
@@ -19,6 +59,53 @@ def simulated_trial_seconds(session: Session, trial: Trial, trace: Trace | None)
     record = engine.run(phases_of(session, trial, trace)[0], session.time_limit_s)
     last = record.steps.iloc[-1]
     return float(last["start_s"] + last["seconds"])
+
+
+def simulated_saturation(session: Session, trial: Trial, trace: Trace) -> float:
+    """Requests per second of a trial in which all requests arrive at once. Raises SpecError as above."""
+    phases, roles = phases_of(session, trial, trace)
+    record = simulated_engine(session.engine, session.seed).run(phases, 1e9)
+    return saturation_throughput(of_phase(record, point_phase(roles)))
+
+
+def run_seconds(
+    figure: Figure,
+    testbed: Testbed,
+    replicates: int | None,
+    measured: Mapping[str, float],
+    owed: Mapping[str, Collection[str]],
+    trace: Trace | None,
+) -> tuple[float, str]:
+    """Seconds of the owed trials (session -> names), one session after the other, and what that rests on.
+
+    Simulated where a calibration describes the machine, the saturation that `measured` does not hold yet included; where none
+    does, or it does not cover a step, a guess from the testbed's rough figures.
+    """
+    if testbed.platform == "simulated":
+        sessions, basis = expand(figure, testbed, replicates), "to simulate"
+        return sum(_guess(s, [t for t in s.trials if t.name in owed.get(s.name, ())]) for s in sessions), basis
+    first = [calibrated(session) for session in saturation_sessions(figure, testbed)]
+    rates, total, found, known = dict(measured), 0.0, set[str](), dict[tuple[str, object], float]()
+    for session in first:
+        if trace and session.engine.calibration and session.model not in rates:
+            with suppress(SpecError):
+                rates[session.model] = simulated_saturation(session, session.trials[0], trace)
+    for session in (*first, *map(calibrated, expand(figure, testbed, replicates, rates))):
+        trials = [trial for trial in session.trials if trial.name in owed.get(session.name, ())]
+        keys = [(session.model, trial.points[0] if trace else len(trial.points)) for trial in trials]  # seeds differ little
+        try:
+            for key, trial in zip(keys, trials, strict=True):
+                known[key] = known[key] if key in known else simulated_trial_seconds(session, trial, trace)
+        except SpecError:
+            total, found = total + _guess(session, trials), found | {f"a guess for {session.model}"}
+        else:
+            total += (testbed.estimate.load_s if trials else 0.0) + sum(known[key] for key in keys)
+            found |= {f"{Path(str(session.engine.calibration)).stem}, simulated"} if trials else set()
+    return total, "; ".join(sorted(found))
+
+
+def _guess(session: Session, trials: Sequence[Trial]) -> float:
+    return session.estimate_s * len(trials) / len(session.trials)
 
 
 def load_fractions(trace: Trace, testbed_name: str = "a100-sim") -> dict[str, list[float]]:
@@ -31,24 +118,19 @@ def load_fractions(trace: Trace, testbed_name: str = "a100-sim") -> dict[str, li
         point = session.trials[0].points[0]
         assert isinstance(point, LoadPoint)
         smallest = min(trial.points[0].budget for trial in session.trials)
-        at_once = dataclasses.replace(point, rate=0.0, budget=smallest, requests=figure.requests)
-        phases, roles = phases_of(session, Trial(SATURATION, (at_once,)), trace)
-        record = simulated_engine(session.engine, session.seed).run(phases, 1e9)
-        saturation = saturation_throughput(of_phase(record, point_phase(roles)))
+        at_once = replace(point, rate=0.0, budget=smallest, requests=figure.requests)
+        saturation = simulated_saturation(session, Trial(SATURATION, (at_once,)), trace)
         found[session.model] = [qps / saturation for qps in sorted(panel.qps)]
     return found
 
 
+@command
 def main() -> int:
     """Print the load fractions."""
-    try:
-        trace = synthetic_trace()
-        for model, fractions in sorted(load_fractions(trace).items()):
-            shown = ", ".join(f"{fraction:.2f}" for fraction in fractions)
-            print(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
-    except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    trace = synthetic_trace()
+    for model, fractions in sorted(load_fractions(trace).items()):
+        shown = ", ".join(f"{fraction:.2f}" for fraction in fractions)
+        print(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
     return 0
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 
@@ -62,10 +64,22 @@ def commit() -> dict[str, Any]:
     return {"commit": head.stdout.strip() or None, "modified": bool(status.stdout.strip())}
 
 
-def packages() -> dict[str, str]:
-    """Installed distributions and their versions."""
-    found = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
-    return dict(sorted(found.items()))
+def sbom() -> dict[str, Any]:
+    """The Python environment as a bill of materials, CycloneDX 1.6: every distribution by its package URL."""
+    components = [{"type": "platform", "name": platform.python_implementation(), "version": platform.python_version()}]
+    for dist in metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower()
+        purl = f"pkg:pypi/{name}@{quote(dist.version, safe='')}"
+        components.append({"type": "library", "name": name, "version": dist.version, "purl": purl, "bom-ref": purl})
+    unique = {component.get("purl", ""): component for component in components}  # a folder that is on the path twice
+    subject = {"type": "application", "name": "chunked-prefill-artifact", "bom-ref": "artifact"}
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": subject},
+        "components": [unique[purl] for purl in sorted(unique)],
+    }
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -95,7 +109,10 @@ def cpu_model() -> str:
 
 @cache
 def machine() -> dict[str, Any]:
-    """The hardware and system a session runs on; memory in GiB. Its `type` is what replicates of a point must share."""
+    """The hardware and system a session runs on, in a container also its image; memory in GiB.
+
+    Its `type` is what replicates of a point must share.
+    """
     cards = gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     cpu = f"{cpu_model()} x {cores}"
@@ -108,4 +125,6 @@ def machine() -> dict[str, Any]:
         "driver": cards[0]["driver"] if cards else None,
         "system": f"{platform.system()} {platform.release()}",
         "image": os.environ.get("ARTIFACT_IMAGE") or None,
+        "base": os.environ.get("ARTIFACT_BASE") or None,
+        "devices": sorted(path.as_posix() for path in Path("/dev").glob("nvidia[0-9]*")),
     }

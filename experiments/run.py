@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import doctor
 from experiments.cost_model import CALIBRATIONS
-from experiments.estimate import simulated_trial_seconds
-from experiments.expand import SATURATION, Session, Trial, expand, saturation_sessions
+from experiments.estimate import run_seconds
+from experiments.expand import SATURATION, Session, expand, saturation_sessions
+from experiments.gpus import check_gpu_memory
 from experiments.metrics import of_phase, point_phase, saturation_throughput
-from experiments.provenance import ROOT, commit, identity, packages, sha256
+from experiments.provenance import ROOT, commit, identity, sbom, sha256
 from experiments.session import TrialResult, run_session
 from experiments.simulator import simulated_engine
 from experiments.spec import FIGURES, TESTBEDS, Figure, ServingFigure, SpecError, Testbed, load_figure
@@ -60,17 +61,20 @@ class Plan:
         made_of = identity(self.figure_path, self.testbed_path, inputs)
         self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", made_of)
         self.saturation = saturation_sessions(self.figure, self.testbed)
+        self.measured: dict[str, float] = {}  # model -> saturation throughput, requests per second
         self.sessions = self.expand()
-        self._simulated: dict[tuple[Any, ...], float] = {}
+        self.memory: dict[str, str] = {}
+        if self.testbed.platform == "cuda":
+            for session in self.sessions:
+                self.memory[session.model] = check_gpu_memory(session.engine, self.testbed.requires.gpu_memory_gib)
 
     def expand(self) -> list[Session]:
         """The sessions; those that measure the saturation throughput come apart, first."""
-        measured = {}
         for session in self.saturation:
             if path := self.run.find(session.name, SATURATION):
                 facts, record = read_trial(path)
-                measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
-        return expand(self.figure, self.testbed, self.replicates, measured)
+                self.measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
+        return expand(self.figure, self.testbed, self.replicates, self.measured)
 
     def owed(self) -> dict[str, list[str]]:
         """Session -> trials that are not there yet."""
@@ -79,24 +83,9 @@ class Plan:
         missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in every}
         return {name: trials for name, trials in missing.items() if trials}
 
-    def seconds(self, owed: dict[str, list[str]]) -> float:
-        """Duration of what is owed, one session after the other: simulated where a calibration describes the machine."""
-        total = 0.0
-        for session in (*self.saturation, *self.sessions):
-            trials = [trial for trial in session.trials if trial.name in owed.get(session.name, ())]
-            if not trials:
-                continue
-            if session.engine.calibration and self.testbed.platform != "simulated":
-                total += self.testbed.estimate.load_s + sum(self._simulated_seconds(session, trial) for trial in trials)
-            else:
-                total += session.estimate_s * len(trials) / len(session.trials)
-        return total
-
-    def _simulated_seconds(self, session: Session, trial: Trial) -> float:
-        key = (session.model, trial.points[0] if self.trace else trial.name)  # seeds differ by less than the estimate's error
-        if key not in self._simulated:
-            self._simulated[key] = simulated_trial_seconds(session, trial, self.trace)
-        return self._simulated[key]
+    def seconds(self, owed: dict[str, list[str]]) -> tuple[float, str]:
+        """Duration of what is owed, one session after the other, and what that rests on."""
+        return run_seconds(self.figure, self.testbed, self.replicates, self.measured, owed, self.trace)
 
     def describe(self) -> dict[str, Any]:
         """The plan as data: what the run will be, for people's scripts and for the bag."""
@@ -110,6 +99,7 @@ class Plan:
             "identity": self.run.identity,
             "commit": commit(),
             "may_preempt": self.testbed.may_preempt,
+            "requires": asdict(self.testbed.requires),
             "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
             "sessions": {s.name: [t.name for t in s.trials] for s in (*self.saturation, *self.sessions)},
             "not_run": [p.model for p in self.figure.panels if p.model not in self.testbed.models],
@@ -117,6 +107,7 @@ class Plan:
 
     def __str__(self) -> str:
         owed = self.owed()
+        seconds, basis = self.seconds(owed)
         trials = sum(len(s.trials) for s in (*self.saturation, *self.sessions))
         per_model = Counter(s.model for s in self.sessions)
         lines = [
@@ -125,8 +116,9 @@ class Plan:
             *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in per_model.items()),
             *(f"model     {model}: not on this testbed" for model in self.describe()["not_run"]),
             *([f"trace     {self.trace.name} ({self.trace.kind}, {len(self.trace.prompt):,} requests)"] if self.trace else []),
+            *(f"memory    {model}: {line}" for model, line in self.memory.items()),
             f"trials    {trials} in all, {sum(map(len, owed.values()))} to run",
-            f"estimate  {self.seconds(owed) / 60:.1f} min of compute, {trials * 0.05:.1f} MB of disk; nothing to attend to",
+            f"estimate  {seconds / 60:.1f} min of compute ({basis}), {trials * 0.05:.1f} MB of disk; nothing to attend to",
             f"outputs   {self.run.folder}",
         ]
         return "\n".join(lines)
@@ -192,7 +184,7 @@ def execute(plan: Plan) -> int:
 
 def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
     """Saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray."""
-    with Ticker(plan.figure.figure, sum(map(len, owed.values())), plan.seconds(owed)) as ticker:
+    with Ticker(plan.figure.figure, sum(map(len, owed.values())), plan.seconds(owed)[0]) as ticker:
 
         def store(result: TrialResult) -> None:
             plan.run.write_trial(result.session, result.trial, result.facts, result.record)
@@ -205,9 +197,9 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
         failed = {}
         with ray_cluster() as ray:
             if any(session.name in owed for session in plan.saturation):
-                failed = run_sessions(ray, plan.saturation, owed, plan.trace, store)
+                failed = run_sessions(ray, plan.saturation, owed, plan.trace, store, console.print)
                 plan.sessions = plan.expand()
-            return failed or run_sessions(ray, plan.sessions, owed, plan.trace, store)
+            return failed or run_sessions(ray, plan.sessions, owed, plan.trace, store, console.print)
 
 
 def _simulate(plan: Plan, owed: dict[str, list[str]], store: Callable[[TrialResult], None]) -> dict[str, str]:
@@ -228,12 +220,12 @@ def _seal(plan: Plan) -> str:
         "plan.json": to_json(described),
         "figure.yaml": plan.figure_path.read_text(),
         "testbed.yaml": plan.testbed_path.read_text(),
-        "packages.json": to_json(packages()),
+        "sbom.cdx.json": to_json(sbom()),
         "settings.json": to_json({s.name: asdict(s.engine) for s in (*plan.saturation, *plan.sessions)}),
     }
     if facts:
         times = [stamp for fact in facts for stamp in (fact["started"], fact["ended"])]
-        listed = [*files, "packages.json", "plan.json", "settings.json"]
+        listed = [*files, "plan.json", "sbom.cdx.json", "settings.json"]
         documents["ro-crate-metadata.json"] = describe_run(described, listed, times, facts[0]["engine"])
     info = {
         "Bagging-Date": datetime.now(UTC).date().isoformat(),
@@ -244,12 +236,15 @@ def _seal(plan: Plan) -> str:
     return str(bag or plan.run.bags()[-1])
 
 
-def _terminated(_signal: int, _frame: object) -> None:
+def _interrupted(_signal: int, _frame: object) -> None:
+    """The first SIGINT or SIGTERM; a further one must not disturb what ends the processes of the run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: print("stopping already, a few seconds more", file=sys.stderr))
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 complete, 1 incomplete, 2 bad input, 130 interrupted."""
+    """Exit status 0 complete, 1 incomplete (a disk that is full, too), 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__)
     parser.add_argument("figure", help="a figure's name or YAML file, or 'doctor'")
     parser.add_argument("--testbed", default="auto")
@@ -258,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", help="CSV of request lengths, columns num_prefill_tokens and num_decode_tokens")
     parser.add_argument("--plan", action="store_true", help="print what would be run; start nothing")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminated)
+    before = {number: signal.signal(number, _interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if options.figure == "doctor":
             console.print(doctor.report(options.out))
@@ -272,6 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished trials are kept, the same command resumes", file=sys.stderr)
         return 130
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; finished trials are kept, the same command resumes", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -57,15 +57,16 @@ def _load(session: Session, point: LoadPoint, trace: Trace | None) -> tuple[Requ
 
 
 def warm_up(session: Session) -> list[Phase]:
-    """Every chunk size once at the largest size it will meet, so that no measured step is the first of its shape.
+    """Every chunk size, so that no measured step is the first of its shape.
 
-    Prefill figures: the longest prompt. Serving figures: a full batch of prompts of one chunk each, and a few decodes.
+    Prefill figures: a prompt of two chunks, at most the longest. Serving figures: a full batch of prompts of one chunk each,
+    and a few decodes.
     """
     points = [point for trial in session.trials for point in trial.points]
     budgets = sorted({point.budget for point in points})
     longest = [point.prompt_tokens for point in points if isinstance(point, Point)]
     if longest:
-        return [Phase(budget, (Request(0.0, max(longest), 1),)) for budget in budgets]
+        return [Phase(budget, (Request(0.0, min(2 * budget, max(longest)), 1),)) for budget in budgets]
     tokens = min(budgets)
     return [
         Phase(budget, tuple(Request(0.0, tokens, 4, seed=n) for n in range(session.engine.max_batch))) for budget in budgets

@@ -9,18 +9,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.cost_model import Calibration, CostModel, jitter_factors, kv_blocks, load_calibration
+from experiments.cost_model import PAUSE_S, Calibration, CostModel, Floats, Ints, jitter_factors, kv_blocks, load_calibration
 from experiments.engine import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record
 from experiments.scheduler import Batch, Scheduler
 from experiments.scheduler import Sequence as Running
 from experiments.spec import EngineSettings, SpecError
 
 JITTER_CHUNK = 1 << 14  # steps whose jitter is drawn at a time
+SHORT = 8  # steps up to which plain floats are faster than arrays
+drawn_jitter = lru_cache(maxsize=128)(jitter_factors)  # a search simulates with the same seeds again and again; 17 MB at most
 
 
 class SimulatedEngine:
@@ -69,6 +72,15 @@ class SimulatedEngine:
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         """Serve the phases in virtual time; see Engine. The time limit is virtual too."""
+        trial, whole = self._serve(phases, time_limit_s)
+        return trial.record(truncated=not whole)
+
+    def percentiles(self, phase: Phase) -> tuple[float, float, float]:
+        """P99 TBT, P50 TTFT and median scheduling delay of a phase, seconds: those of its record, which need not be made."""
+        return self._serve([phase], np.inf)[0].percentiles()
+
+    def _serve(self, phases: Sequence[Phase], time_limit_s: float) -> tuple[_Trial, bool]:
+        """A trial of these phases, and whether it came to its end."""
         trial = _Trial(self._cost, self._seed, self._jump)
         for number, phase in enumerate(phases):
             if not 1 <= phase.budget <= self._settings.max_budget:
@@ -77,8 +89,8 @@ class SimulatedEngine:
             block_size = self._cost.calibration.block_size
             scheduler = Scheduler(phase.budget, self._settings.max_batch, block_size, self._blocks)
             if not trial.serve(phase, number, scheduler, time_limit_s):
-                return trial.record(truncated=True)
-        return trial.record(truncated=False)
+                return trial, False
+        return trial, True
 
     def close(self) -> None:
         """Nothing to free."""
@@ -112,8 +124,9 @@ class _Trial:
     def __init__(self, cost: CostModel, seed: int, jump: bool) -> None:
         self._cost, self._seed, self._jump = cost, seed, jump
         self._clock = 0.0
+        self._paused = False  # whether nothing ran for a while before the next step
         self._steps = 0
-        self._jitter = np.empty(0)
+        self._jitter = {False: np.empty(0), True: np.empty(0)}  # of steps that only decode? -> factors
         self._seconds = np.empty(JITTER_CHUNK)
         self._ends = np.empty(JITTER_CHUNK)
         self._starts: list[float] = []  # of segments
@@ -128,9 +141,10 @@ class _Trial:
         begin = self._clock
         arrivals = [begin + request.arrival_s for request in phase.requests]
         arrivals.append(np.inf)  # after the last one nobody comes
-        entered = 0
+        entered, loop = 0, self._cost.calibration.loop
         while True:
-            while arrivals[entered] <= self._clock:
+            clock = self._clock
+            while arrivals[entered] <= clock:  # who comes while others enter waits for the next boundary, as in the real loop
                 request = phase.requests[entered]
                 sequence = Running(len(self._requests), request.prompt_tokens, request.output_tokens)
                 self._requests.append((sequence, number, phase.budget, arrivals[entered], self._clock))
@@ -138,12 +152,14 @@ class _Trial:
                 self._last.append(-1)
                 scheduler.add(sequence)
                 entered += 1
+                self._clock += loop.request_s
             if not scheduler.running and not scheduler.waiting:
                 if entered == len(phase.requests):
                     return True
-                self._clock = arrivals[entered]
+                self._paused, self._clock = arrivals[entered] - self._clock > PAUSE_S, arrivals[entered]
                 continue
             if self._clock >= time_limit_s:
+                scheduler.catch_up()
                 return False
             self._step(scheduler, min(arrivals[entered], time_limit_s))
 
@@ -153,25 +169,36 @@ class _Trial:
         (prefill, decodes, pieces, pairs, context), given = self._compose(batch)
         steps = scheduler.repeats(batch) if self._jump else 1
         first, start, cost = self._steps, self._clock, self._cost
-        while len(self._jitter) < first + steps:
-            more = jitter_factors(cost.calibration.jitter, self._seed, len(self._jitter), JITTER_CHUNK)
-            self._jitter = np.concatenate([self._jitter, more])
+        between, cold = cost.calibration.loop.between_s, cost.calibration.loop.wake_s if self._paused else 0.0
+        self._paused = False
+        only_decodes = not prefill
+        while len(jitter := self._jitter[only_decodes]) < first + steps:
+            more = drawn_jitter(cost.calibration.jitter, self._seed, len(jitter), JITTER_CHUNK, only_decodes)
+            self._jitter[only_decodes] = np.concatenate([jitter, more])
         if len(self._seconds) < first + steps:
             self._seconds, self._ends = (np.concatenate([a, np.empty_like(a)]) for a in (self._seconds, self._ends))
-        if steps == 1:
-            self._seconds[first] = seconds = cost.step(prefill, decodes, pieces, pairs, context) * float(self._jitter[first])
-            self._ends[first] = self._clock = start + seconds
+        base, per_step = cost.step(prefill, decodes, pieces, pairs, context), _growth(prefill, decodes)
+        growth = cost.pair_s * per_step[0] + cost.context_s * per_step[1]
+        if steps <= SHORT:
+            clock, done = start, 0
+            for factor in jitter[first : first + steps].tolist():
+                seconds = (base + growth * done) * factor + (0.0 if done else cold)
+                clock += seconds + between
+                self._seconds[first + done], self._ends[first + done] = seconds, clock - between
+                done += 1
+                if clock >= until:
+                    break
+            self._clock, steps = clock, done
         else:
-            base, per_step = cost.step(prefill, decodes, pieces, pairs, context), _growth(prefill, decodes)
-            growth = cost.pair_s * per_step[0] + cost.context_s * per_step[1]
-            run = (base + growth * np.arange(steps)) * self._jitter[first : first + steps]
-            ends = np.add.accumulate(np.concatenate([[start], run]))[1:]
-            steps = min(steps, int(np.searchsorted(ends, until)) + 1)
-            pairs_last, context_last = pairs + per_step[0] * (steps - 1), context + per_step[1] * (steps - 1)
-            cost.step(prefill, decodes, pieces, pairs_last, context_last)  # refuses the last if it is out of range
-            self._seconds[first : first + steps], self._ends[first : first + steps] = run[:steps], ends[:steps]
-            self._clock = float(ends[steps - 1])
-        waiting = len(scheduler.running) + len(scheduler.waiting) - len(batch.scheduled)
+            run = (base + growth * np.arange(steps)) * jitter[first : first + steps]
+            run[0] += cold
+            nexts = np.add.accumulate(np.concatenate([[start], run + between]))[1:]  # when the steps after these start
+            steps = min(steps, int(np.searchsorted(nexts, until)) + 1)
+            self._seconds[first : first + steps], self._ends[first : first + steps] = run[:steps], nexts[:steps] - between
+            self._clock = float(nexts[steps - 1])
+        pairs_last, context_last = pairs + per_step[0] * (steps - 1), context + per_step[1] * (steps - 1)
+        cost.step(prefill, decodes, pieces, pairs_last, context_last)  # refuses the last if it is out of range
+        waiting = len(scheduler.running) + len(scheduler.waiting) - batch.size
         row = (prefill, decodes, pieces, pairs, context, waiting, len(batch.preempted))
         self._segments.append((steps, len(given), scheduler.budget, *row))
         self._starts.append(start)
@@ -182,22 +209,17 @@ class _Trial:
 
     def _compose(self, batch: Batch) -> tuple[tuple[int, int, int, int, int], list[int]]:
         """prefill_tokens, decode_tokens, prefill_requests, prefill_pairs, decode_context; and who is to be given a token."""
-        prefill = decodes = pieces = pairs = context = 0
-        given = []
-        for sequence, tokens in batch.scheduled:
+        prefill = pairs = 0
+        given = [*batch.decodes]
+        for sequence, tokens in batch.pieces:
             computed = sequence.computed
             if computed + tokens == sequence.known:
                 given.append(sequence.index)
-                if tokens == 1 and computed >= sequence.prompt:
-                    decodes += 1
-                    context += computed + 1
-                    continue
             prefill += tokens
-            pieces += 1
             pairs += tokens * computed + tokens * (tokens + 1) // 2
             if self._first[sequence.index] < 0:
                 self._first[sequence.index] = self._steps
-        return (prefill, decodes, pieces, pairs, context), given
+        return (prefill, batch.size - len(batch.pieces), len(batch.pieces), pairs, batch.context), given
 
     def record(self, truncated: bool) -> Record:
         """The record of everything that happened."""
@@ -207,7 +229,7 @@ class _Trial:
         place = np.arange(self._steps) - np.repeat(firsts, repeats)  # of a step within its segment
         ends, columns = self._ends[: self._steps], np.repeat(rows[:, 2:], repeats, axis=0)
         starts = np.empty(self._steps)
-        starts[1:] = ends[:-1]
+        starts[1:] = ends[:-1] + self._cost.calibration.loop.between_s
         starts[firsts] = self._starts
         columns[:, 4] += columns[:, 1] ** 2 * place  # as in _growth
         columns[:, 5] += columns[:, 2] * place
@@ -222,6 +244,25 @@ class _Trial:
         tokens = pd.DataFrame({"request": requests, "time_s": np.repeat(ends, per_step)}, columns=list(TOKEN_COLUMNS))
         return Record(self._request_frame(), steps.astype(STEP_COLUMNS), tokens.astype(TOKEN_COLUMNS), truncated)
 
+    def percentiles(self) -> tuple[float, float, float]:
+        """See SimulatedEngine. Within a segment all gaps of a step are one number, so they are counted, not listed."""
+        rows = np.array(self._segments, dtype=np.int64).reshape(-1, 10)
+        repeats, given = rows[:, 0], rows[:, 1]
+        last = np.cumsum(repeats) - 1  # step of each segment
+        first = last - repeats + 1
+        ends, ids = self._ends[: self._steps], np.frombuffer(self._given, dtype=np.int64)
+        order = np.argsort(ids.astype(np.uint16) if len(self._requests) < 1 << 16 else ids, kind="stable")
+        segment = np.repeat(np.arange(len(rows)), given)[order]  # request after request, those that gave it tokens
+        new = np.diff(ids[order], prepend=-1) != 0
+        across = (ends[first[segment[1:]]] - ends[last[segment[:-1]]])[~new[1:]]
+        within = np.delete(np.diff(ends, prepend=0.0), first)
+        gaps = np.concatenate([across, within])
+        counts = np.concatenate([np.ones(len(across), dtype=np.int64), np.repeat(given, repeats - 1)])
+        arrival = np.array([row[3] for row in self._requests])
+        ttft = ends[first[segment[new]]] - arrival
+        delay = np.array(self._starts)[np.searchsorted(last, self._first)] - arrival
+        return _percentile(gaps, counts, 0.99), float(np.median(ttft)), float(np.median(delay))
+
     def _request_frame(self) -> pd.DataFrame:
         """One row per request that entered."""
         rows = [
@@ -229,6 +270,17 @@ class _Trial:
             for (s, phase, budget, arrival, injected), first, last in zip(self._requests, self._first, self._last, strict=True)
         ]
         return pd.DataFrame(rows, columns=list(REQUEST_COLUMNS)).astype(REQUEST_COLUMNS)
+
+
+def _percentile(values: Floats, counts: Ints, share: float) -> float:
+    """numpy's percentile, linear, of values that occur `counts` times each; 0 of none."""
+    order = np.argsort(values)
+    reached = np.cumsum(counts[order])
+    if not len(reached) or not reached[-1]:
+        return 0.0
+    place = share * (int(reached[-1]) - 1)
+    low, high = values[order][np.searchsorted(reached, [int(place), min(int(place) + 1, reached[-1] - 1)], side="right")]
+    return float(low + (high - low) * (place - int(place)))
 
 
 def _growth(prefill: int, decodes: int) -> tuple[int, int]:

@@ -7,10 +7,12 @@ Both are strict: an unknown key, a wrong type or an impossible value is a SpecEr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Hashable
+import sys
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,11 +20,26 @@ from pydantic.dataclasses import dataclass
 
 PACKAGE = Path(__file__).resolve().parent
 FIGURES, TESTBEDS, MODELS = PACKAGE / "figures", PACKAGE / "testbeds", PACKAGE / "models"
+P = ParamSpec("P")
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class SpecError(ValueError):
     """Bad input, told in one line: what, where, what came, what is allowed."""
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """A command's main in which a SpecError is one line on standard error and exit status 2."""
+
+    @functools.wraps(main)
+    def checked(*arguments: P.args, **keywords: P.kwargs) -> int:
+        try:
+            return main(*arguments, **keywords)
+        except SpecError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return checked
 
 
 def _chunk_size(value: object) -> int | None:
@@ -111,6 +128,7 @@ class Requires:
     disk_gib: Amount
     gpus: int = 0
     gpu_memory_gib: float = 0.0
+    gpu_name: str = ""  # part of the name by which nvidia-smi lists them; claims are made of a machine, not of a testbed's name
     driver: int = 0
 
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
-from experiments.engine import RECORD_FORMAT, Record
+from experiments.engine import RECORD_FORMAT, STEP_COLUMNS, TOKEN_COLUMNS, Record
 from experiments.provenance import sha256, short
 from experiments.spec import SpecError
 
 MANIFEST = "manifest-sha256.txt"
+MOST_ROWS = 50_000_000  # of a table; the longest simulated trial has half a million
 FILES = ("requests.csv", "steps.parquet", "tokens.parquet", "trial.json")
 
 
@@ -38,6 +41,18 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:
@@ -73,7 +88,8 @@ class Run:
         """Hold the run for this process; the lock goes with the process, however that ends. Raises SpecError if it is held."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder, os.O_RDONLY)
+            with tempfile.TemporaryFile(dir=self.folder):  # said now, not after the first trial
+                handle = os.open(self.folder, os.O_RDONLY)
         except OSError as error:
             raise SpecError(f"OUT: {self.folder}: {error.strerror}; a folder that can be written is needed") from None
         try:
@@ -115,12 +131,15 @@ class Run:
             "tokens.parquet": _parquet(record.tokens),
             "trial.json": to_json({"format": RECORD_FORMAT, "session": session, "trial": trial, **facts}).encode(),
         }
-        for name, data in contents.items():
-            _write(temporary / name, data)
-        _write(temporary / MANIFEST, _manifest({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}))
-        temporary.chmod(0o755)
-        _sync_folder(temporary)
-        temporary.rename(target)
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        try:
+            for name, data in {**contents, MANIFEST: _manifest(digests)}.items():
+                _write(temporary / name, data)
+            temporary.chmod(0o755)
+            _sync_folder(temporary)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed; a full disk needs the room
         _sync_folder(target.parent)
         return target
 
@@ -134,13 +153,17 @@ class Run:
         if trials:
             temporary = self.folder / f".seal-{self.id}"
             shutil.rmtree(temporary, ignore_errors=True)
-            for path in trials:
-                shutil.copytree(path, temporary / "trials" / path.parent.name / path.name, copy_function=_link_or_copy)
-            for name, text in documents.items():
-                _write(temporary / name, text.encode())
-            bagit.make_bag(str(temporary), dict(info), checksums=["sha256"])
-            numbers = [int(bag.name.rsplit("-", 1)[1]) for bag in self.bags()]
-            temporary.rename(self.folder / f"bag-{self.id}-{max(numbers, default=0) + 1}")
+            logging.getLogger("bagit").setLevel(logging.CRITICAL)  # it prints the stack of an error that it raises
+            try:
+                for path in trials:
+                    shutil.copytree(path, temporary / "trials" / path.parent.name / path.name, copy_function=_link_or_copy)
+                for name, text in documents.items():
+                    _write(temporary / name, text.encode())
+                bagit.make_bag(str(temporary), dict(info), checksums=["sha256"])
+                numbers = [int(bag.name.rsplit("-", 1)[1]) for bag in self.bags()]
+                temporary.rename(self.folder / f"bag-{self.id}-{max(numbers, default=0) + 1}")
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
             _sync_folder(self.folder)
         shutil.rmtree(self.open, ignore_errors=True)
         return self.bags()[-1] if trials else None
@@ -173,8 +196,20 @@ def read_trial(path: Path) -> tuple[dict[str, Any], Record]:
         raise SpecError(f"{path}: record format {facts.get('format')!r}; this version reads format {RECORD_FORMAT}")
     record = Record(
         requests=pd.read_csv(path / "requests.csv"),
-        steps=pd.read_parquet(path / "steps.parquet"),
-        tokens=pd.read_parquet(path / "tokens.parquet"),
+        steps=_read_parquet(path / "steps.parquet", STEP_COLUMNS),
+        tokens=_read_parquet(path / "tokens.parquet", TOKEN_COLUMNS),
         truncated=bool(facts["truncated"]),
     )
     return facts, record
+
+
+def _read_parquet(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    """A table of a record. Raises SpecError for other columns, or for too many rows: a few bytes can stand for billions."""
+    with pq.ParquetFile(path) as file:
+        stated = file.metadata
+        names = stated.schema.names
+        if stated.num_rows > MOST_ROWS or sorted(names) != sorted(columns):
+            raise SpecError(f"{path}: got {stated.num_rows} rows of {names}; allowed: {MOST_ROWS} of {list(columns)}")
+        # Starting threads takes longer than reading a trial's table.
+        table: pd.DataFrame = file.read(use_threads=False).to_pandas(use_threads=False)
+        return table

@@ -65,6 +65,7 @@ def engine_arguments(settings: EngineSettings, model_dir: str) -> dict[str, Any]
         "enable_prefix_caching": False,
         "async_scheduling": False,  # its outputs lag a step, so a token's time would be the next step's
         "enforce_eager": settings.platform == "cpu",
+        "worker_extension_cls": f"{__name__}.{StepEnd.__name__}",
         "disable_log_stats": True,
         "seed": 0,
     }
@@ -74,6 +75,26 @@ def engine_arguments(settings: EngineSettings, model_dir: str) -> dict[str, Any]
         # Yi-34B states 4,096 positions; the paper serves 8,192. RoPE needs no table of that size.
         arguments["hf_overrides"] = {"max_position_embeddings": settings.max_model_len}
     return arguments
+
+
+class StepEnd:
+    """Mixed into vLLM's workers: each waits until its GPU has finished what it was given."""
+
+    def wait_for_device(self) -> bool:
+        """True if there was a GPU to wait for."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return False
+        torch.cuda.synchronize()
+        return True
+
+
+def cuda_devices() -> list[str]:
+    """Names of the GPUs that torch sees."""
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 class VllmEngine:
@@ -97,6 +118,7 @@ class VllmEngine:
         self._schedule = self._scheduler.schedule
         self._scheduler.schedule = self._watched_schedule
         self._batch: Any = None  # what the scheduler decided in the last step
+        self._waits = settings.platform == "cuda"  # kernels may run on after step() has returned
 
     def _watched_schedule(self, *arguments: Any, **keywords: Any) -> Any:
         self._batch = self._schedule(*arguments, **keywords)
@@ -137,6 +159,9 @@ class VllmEngine:
         for name, wanted in (("executor_backend", backend), ("prefix_caching", False), ("async_scheduling", False)):
             if facts[name] != wanted:
                 raise EngineError(f"vllm: {name}: got {facts[name]!r} although {wanted!r} was asked for")
+        waited = self._engine.collective_rpc("wait_for_device")
+        if waited != [self._waits] * self._settings.tensor_parallel:
+            raise EngineError(f"vllm: workers that waited for a GPU: got {waited}; allowed: {self._waits} from each")
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         """Serve the phases; see Engine. Raises EngineError if a step exceeds its chunk size."""
@@ -177,6 +202,8 @@ class VllmEngine:
                 continue
             started = clock()
             outputs = self._engine.step()
+            if self._waits:
+                self._engine.collective_rpc("wait_for_device")
             ended = clock()
             self._note_step(recorder, numbers, phase.budget, started - origin, ended - started)
             for index in self._note_outputs(recorder, outputs, ended - origin):

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import http.client
 import io
+import json
 import math
 import random
 import re
@@ -47,6 +48,7 @@ class Trace:
     prompt: Lengths
     output: Lengths
     kind: Literal["file", "fetched", "synthetic"]
+    duration_s: float | None = None  # of the run it was recorded in, where that is known
 
 
 @spec_dataclass(frozen=True, config=STRICT)
@@ -116,6 +118,47 @@ def load_trace(path: Path, max_total: int | None = None, kind: Literal["file", "
     return Trace(path.name, hashlib.sha256(data).hexdigest(), prompt, output, kind)
 
 
+def load_bench_result(path: Path, max_total: int | None = None) -> Trace:
+    """Request lengths out of a result file that `vllm bench serve --save-result --save-detailed` wrote; failed requests are
+    left out. Raises SpecError naming the file, the key and what is wrong."""
+    try:
+        data = path.read_bytes()
+        result = json.loads(data)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; a result file of vllm bench serve is expected") from None
+    except ValueError:
+        raise SpecError(f"{path}: not valid JSON; a result file of vllm bench serve is expected") from None
+    for key in ("input_lens", "output_lens"):
+        values = result.get(key) if isinstance(result, dict) else None
+        if not isinstance(values, list) or not all(type(n) is int and 0 <= n <= MAX_TOKENS for n in values):
+            came = "nothing" if values is None else repr(values)[:60]
+            raise SpecError(f"{path}: {key}: got {came}; allowed: a list of tokens, as vllm bench serve --save-detailed writes")
+    inputs, outputs = result["input_lens"], result["output_lens"]
+    pairs = [pair for pair in zip(inputs, outputs, strict=False) if min(pair) > 0]
+    if len(inputs) != len(outputs) or not pairs:
+        came = f"{len(inputs)} and {len(outputs)} lengths, {len(pairs)} requests that gave tokens"
+        raise SpecError(f"{path}: input_lens, output_lens: got {came}; allowed: as many of each, at least one request")
+    prompt, output = np.array(pairs, dtype=np.int64).T
+    if max_total is not None and (longest := int((prompt + output).max())) > max_total:
+        raise SpecError(f"{path}: input_lens + output_lens: got {longest} tokens; allowed: at most {max_total:,}")
+    duration = result.get("duration")
+    seconds = float(duration) if isinstance(duration, int | float) and 0 < duration < math.inf else None
+    return Trace(path.name, hashlib.sha256(data).hexdigest(), prompt, output, "file", seconds)
+
+
+def describe_trace(trace: Trace) -> str:
+    """What was understood of a trace, in one line: requests, percentiles of lengths in tokens, duration where it is known."""
+    parts = [f"trace {trace.name} ({trace.kind}): {len(trace.prompt):,} requests"]
+    for name, lengths in (("prompt", trace.prompt), ("output", trace.output)):
+        percentiles = np.percentile(lengths, (50, 90, 99))
+        parts.append(f"{name} tokens P50 {percentiles[0]:,.0f}, P90 {percentiles[1]:,.0f}, P99 {percentiles[2]:,.0f}")
+    if trace.duration_s:
+        parts.append(f"served in {trace.duration_s:,.1f} s, {len(trace.prompt) / trace.duration_s:.2f} requests/s")
+    else:
+        parts.append("no arrival times in it")
+    return "; ".join(parts)
+
+
 def _lengths(where: str, header: list[str], fields: list[str], limit: int) -> list[int]:
     if len(fields) != len(header):
         raise SpecError(f"{where}: got {len(fields)} fields; allowed: {len(header)}, as in the header")
@@ -146,10 +189,12 @@ def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
 
 
 def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int | None = None) -> Trace:
-    """The user's file if one is given, else the fetched trace if it is there, else the synthetic one.
+    """The user's file if one is given, a CSV or a .json of vllm bench serve, else the fetched trace if there, else a synthetic.
 
-    max_total: what the model allows for prompt + output; a longer row of the user's file is an error. Raises SpecError.
+    max_total: what the model allows for prompt + output; a longer request in the user's file is an error. Raises SpecError.
     """
+    if trace_file and trace_file.endswith(".json"):
+        return load_bench_result(Path(trace_file), max_total)
     if trace_file:
         return load_trace(Path(trace_file), max_total)
     if not fetched.is_file():

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from experiments.expand import Session, expand
 from experiments.provenance import ROOT
+from experiments.run import main
 from experiments.spec import load_figure, load_testbed
 
 
@@ -17,3 +19,17 @@ def root() -> Path:
 @pytest.fixture
 def smoke_session() -> Session:
     return expand(load_figure("smoke"), load_testbed("cpu"))[0]
+
+
+@pytest.fixture(scope="session")
+def simulated_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with one sealed run, fig9a-a100-sim, of one replicate. Not to be changed."""
+    runs = tmp_path_factory.mktemp("simulated") / "runs"
+    assert main(["fig9a", "--testbed", "a100-sim", "--replicates", "1", "--out", str(runs)]) == 0
+    return runs
+
+
+@pytest.fixture
+def runs_copy(simulated_runs: Path, tmp_path: Path) -> Path:
+    """A copy of them, to be changed at will."""
+    return Path(shutil.copytree(simulated_runs, tmp_path / "runs"))

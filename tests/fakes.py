@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.workload import synthetic_trace
 
 Factor = Callable[[int, int], float]  # (prompt tokens, chunk size in tokens) -> relative cost
 StepCost = Callable[[int, int, int], float]  # (prefill tokens, decode tokens, chunk size), all in tokens -> seconds
+A100 = ["NVIDIA A100-SXM4-80GB"] * 2
 SATURATION = {"mistral-7b": 9.0, "yi-34b": 7.0}  # requests per second, as if measured
 
 
@@ -121,6 +123,7 @@ class FakeServingEngine:
         recorder.steps.append((now, seconds, scheduler.budget, prefill, decodes, len(prompts), 0, 0, waiting, 0))
         for sequence in scheduler.update(batch):
             recorder.requests[sequence.index][9] = step
+        scheduler.catch_up()  # the counts below are of this step
         for sequence, _ in batch.scheduled:
             if sequence.generated > recorder.requests[sequence.index][7]:
                 recorder.requests[sequence.index][7] = sequence.generated
@@ -197,6 +200,8 @@ def tiny_record() -> Record:
 def in_memory(sessions: Sequence[Session], trials: tuple[TrialRecord, ...]) -> Run:
     """The trials of these sessions as a run of one bag."""
     first = sessions[0]
+    if first.engine.platform == "cuda":
+        trials = tuple(replace(t, facts={**t.facts, "machine": {**t.facts["machine"], "gpus": A100}}) for t in trials)
     plan = {
         "figure": first.figure,
         "testbed": first.testbed,
@@ -206,5 +211,7 @@ def in_memory(sessions: Sequence[Session], trials: tuple[TrialRecord, ...]) -> R
         "commit": {"commit": None, "modified": None},
         "identity": {},
         "not_run": [],
+        "requires": asdict(load_testbed(first.testbed).requires),
+        "sessions": {session.name: [trial.name for trial in session.trials] for session in sessions},
     }
     return Run(first.figure, first.testbed, (Path("bag-00000000-1"),), plan, trials)

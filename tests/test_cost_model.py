@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
 
@@ -27,7 +26,6 @@ from experiments.cost_model import (
     load_calibration,
     weight_bytes,
 )
-from experiments.engine import STEP_COLUMNS
 from experiments.simulator import simulated_engine
 from experiments.spec import EngineSettings, SpecError, load_model, read_yaml
 
@@ -172,49 +170,3 @@ def test_yi_goes_through_its_steps_and_not_through_the_outlier() -> None:
     assert model.step(512, 0, 1, 512 * 513 // 2, 0) == pytest.approx(0.10558, rel=1e-4)
     assert model.step(0, 64, 0, 0, 64 * 1024) == pytest.approx(0.12781, rel=1e-4)
     assert model.step(256, 0, 1, 256 * 257 // 2, 0) < 0.08  # published: 0.121, the first step of its run
-
-
-def records(count: int, seed: int, late: float = 0.0) -> pd.DataFrame:
-    """Steps of a known engine with jitter of 5 %."""
-    rng = np.random.default_rng(seed)
-    prefill = rng.integers(0, 2, count) * rng.integers(1, 500, count)
-    decodes = rng.integers(1, 17, count)
-    pairs = prefill * rng.integers(0, 1000, count) + prefill * (prefill + 1) // 2
-    context = decodes * rng.integers(1, 1000, count)
-    seconds = 2e-3 + 4e-5 * (prefill + decodes) + 2e-8 * pairs + 1e-4 * decodes + 1e-7 * context
-    seconds *= np.exp(rng.normal(0.0, 0.05, count)) * np.where(rng.random(count) < late, 4.0, 1.0)
-    steps = pd.DataFrame(0, index=range(count), columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS)
-    filled = {"seconds": seconds, "prefill_tokens": prefill, "decode_tokens": decodes, "prefill_pairs": pairs}
-    return steps.assign(**filled, decode_context=context, prefill_requests=(prefill > 0).astype(np.int64))
-
-
-@pytest.mark.parametrize("late", [0.0, 0.02])
-def test_fit_finds_a_known_engine(late: float, tmp_path: Path) -> None:
-    settings = replace(MISTRAL, dtype="bfloat16", platform="cpu", kv_cache_gib=1.0)
-    fitted = calibrate.fit_records(
-        records(1500, 1, late), settings, "here", "this machine", "600 made-up steps", block_size=128
-    )
-    unseen = records(1500, 2).query("prefill_pairs <= @fitted.valid.prefill_pairs")
-    unseen = unseen.query("prefill_tokens + decode_tokens <= @fitted.valid.tokens")
-    unseen = unseen.query("decode_context <= @fitted.valid.decode_context")
-    columns = ("prefill_tokens", "decode_tokens", "prefill_requests", "prefill_pairs", "decode_context")
-    predicted = CostModel(fitted).steps(*(unseen[column].to_numpy() for column in columns))
-    seconds = unseen["seconds"].to_numpy()
-    assert predicted.sum() == pytest.approx(seconds.sum(), rel=0.02)
-    assert np.abs(predicted / seconds - 1).mean() < 0.05  # jitter alone: 0.04
-    assert fitted.jitter.sigma == pytest.approx(0.05, rel=0.15)
-    assert fitted.jitter.tail_share == pytest.approx(late, abs=0.01)
-    assert fitted.error.held_out < 0.06 + 3 * late
-    path = tmp_path / "here.yaml"
-    calibrate.write(fitted, path)
-    assert load_calibration(str(path)) == fitted
-
-
-def test_fit_refuses_what_it_cannot_fit() -> None:
-    steps = records(100, 1)
-    with pytest.raises(SpecError, match="fit_records: x: columns: got none named prefill_pairs; allowed: all of STEP_COLUMNS"):
-        calibrate.fit_records(steps.drop(columns="prefill_pairs"), MISTRAL, "here", "t", "x", 16)
-    with pytest.raises(SpecError, match=r"fit_records: x: got 59 steps, .* allowed: at least 60"):
-        calibrate.fit_records(steps[:59], MISTRAL, "here", "t", "x", 16)
-    with pytest.raises(SpecError, match=r"got 100 steps, 0 with prefill, 100 with decodes; allowed"):
-        calibrate.fit_records(steps.assign(prefill_tokens=0), MISTRAL, "here", "t", "x", 16)

@@ -144,3 +144,13 @@ def test_every_simulated_testbed_names_its_calibrations() -> None:
     testbed = load_testbed("a100-sim")
     assert testbed.calibrations is not None
     assert set(testbed.calibrations) == set(testbed.models)
+
+
+def test_a_simulated_step_beyond_the_calibration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "longer.yaml"
+    text = (ROOT / "experiments" / "figures" / "smoke.yaml").read_text().replace("4096", "32768")
+    figure.write_text(text.replace("figure: smoke", "figure: longer"))
+    assert main([str(figure), *SIM, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: calibration a100-mistral-7b: tokens in a step: got 32767; allowed: at most 16384\n"
+    assert not list((tmp_path / "out").glob("*/*"))

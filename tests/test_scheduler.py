@@ -161,6 +161,7 @@ def test_batches_respect_limits(load: Workload) -> None:
         assert scheduler.free >= 0
         assert scheduler.free + sum(s.held for s in scheduler.running) // load.block_size == load.num_blocks - 1
         scheduler.update(batch)
+        scheduler.catch_up()
         assert all(s.known - s.computed == 1 for s in scheduler.running[:-1])  # only the last is in the middle of its prompt
     assert [s.generated for s in sequences] == [s.output for s in sequences]
     assert scheduler.free == load.num_blocks - 1

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.cost_model import Attention, Calibration, FitError, Jitter, Profile, ValidRange, load_calibration
+from experiments.cost_model import Attention, Calibration, FitError, Jitter, Loop, Profile, ValidRange, load_calibration
 from experiments.engine import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Request
+from experiments.metrics import serving_metrics
 from experiments.simulator import SimulatedEngine
 from experiments.spec import EngineSettings, SpecError
 
@@ -100,6 +101,20 @@ def test_arrival_waits_for_the_step_boundary() -> None:
     assert at_boundary.requests["injected_s"][1] == record.steps["start_s"][1]
 
 
+def test_what_the_loop_adds_by_hand() -> None:
+    """Entering takes 0.1 s each, a step is followed by 0.01 s, and the first after a pause takes 0.5 s longer."""
+    loop = Loop(between_s=0.01, request_s=0.1, wake_s=0.5)
+    requests = [Request(0.0, 10, 2), Request(0.0, 10, 1), Request(10.0, 10, 1), Request(10.05, 10, 1)]
+    record = simulate(requests, calibration=replace(TOY, loop=loop))
+    first, second, cold, last = 1.20 + 110e-6, 1.01 + 0.011, 1.6 + 55e-6, 1.1 + 55e-6
+    assert record.requests["injected_s"].tolist() == pytest.approx([0.0, 0.1, 10.0, 10.1 + cold + 0.01])
+    assert record.steps["seconds"].tolist() == pytest.approx([first, second, cold, last])
+    starts = [0.2, 0.2 + first + 0.01, 10.1, 10.2 + cold + 0.01]
+    assert record.steps["start_s"].tolist() == pytest.approx(starts)
+    ends = [starts[0] + first, starts[0] + first, starts[1] + second, starts[2] + cold, starts[3] + last]
+    assert record.tokens["time_s"].tolist() == pytest.approx(ends)
+
+
 def test_phases_follow_each_other() -> None:
     engine = SimulatedEngine(SETTINGS, TOY, seed=1)
     record = engine.run([Phase(64, (Request(0.0, 64, 1),)), Phase(32, (Request(2.0, 64, 1),))], 1e9)
@@ -123,7 +138,7 @@ def test_time_limit_truncates() -> None:
 def test_jumping_equals_stepping(name: str, blocks: int) -> None:
     """Every column, to a nanosecond; with 130 KV blocks sequences are preempted."""
     calibration = TOY if name == "toy" else load_calibration(name)
-    calibration = replace(calibration, jitter=Jitter(0.1, 0.01, 3.0))
+    calibration = replace(calibration, jitter=Jitter(0.1, 0.01, 3.0, 0.2), loop=Loop(1e-3, 2e-2, 0.5))
     requests = poisson(0.08 if name == "toy" else 4.0, 200, seed=5)
     jumped, stepped = (simulate(requests, 256, jump, blocks, calibration) for jump in (True, False))
     assert (stepped.steps["preempted"].sum() > 0) == (blocks == 130)
@@ -241,3 +256,21 @@ def test_leaving_the_calibrated_range_is_refused_with_and_without_jumps() -> Non
     for jump in (True, False):
         with pytest.raises(SpecError, match=r"tokens of decode context in a step: got \d+; allowed: at most 110"):
             simulate([Request(0.0, 100, 30)], jump=jump, calibration=narrow)
+
+
+@pytest.mark.parametrize("blocks", [10_000, 130])
+@pytest.mark.parametrize("rate", [0.2, 4.0])
+def test_percentiles_are_those_of_the_record(rate: float, blocks: int) -> None:
+    """With 130 KV blocks sequences are preempted, and wait for a token over many steps."""
+    calibration = replace(load_calibration("a100-mistral-7b"), jitter=Jitter(0.1, 0.01, 3.0))
+    engine = SimulatedEngine(SETTINGS, calibration, seed=3, num_kv_blocks=blocks)
+    phase = Phase(256, tuple(poisson(rate, 150, seed=5)))
+    known = serving_metrics(engine.run([phase], 1e9))
+    wanted = [known["tbt_p99"], known["ttft_p50"], known["scheduling_delay_p50"]]
+    assert engine.percentiles(phase) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+def test_percentiles_of_single_tokens() -> None:
+    """No request has two tokens: there is no gap between them."""
+    engine = SimulatedEngine(SETTINGS, TOY, seed=1)
+    assert engine.percentiles(Phase(64, (Request(1.0, 64, 1),)))[0] == 0.0

@@ -176,3 +176,18 @@ def test_a_copy_of_a_figure_elsewhere_can_be_run_by_path(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "smoke: Smoke test" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("figure", ["fig9a", "fig9b"])
+def test_every_second_session_runs_the_order_of_the_one_before_backwards(figure: str) -> None:
+    """So a steady drift puts each point as late in one session of a pair as it is early in the other."""
+    sessions = {(s.model, s.seed): s for s in expand(load_figure(figure), load_testbed("cpu"), 6)}
+    for model in {model for model, _ in sessions}:
+        orders = [
+            [(point, trial.name if figure == "fig9b" else "") for trial in session.trials[:-1] for point in trial.points]
+            for (name, _), session in sorted(sessions.items())
+            if name == model
+        ]
+        for first, second in zip(orders[0::2], orders[1::2], strict=True):
+            assert second == first[::-1]
+        assert orders[0] != orders[2]

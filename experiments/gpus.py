@@ -1,0 +1,118 @@
+"""GPUs: what a model takes of their memory, and which a session gets.
+
+Ray's own GPU count would hand out any two. So each GPU is a Ray resource of its own, and so is each pair joined by NVLink.
+`python -m experiments.gpus` prints a node's resources as JSON for `ray start`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from experiments.cost_model import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
+from experiments.provenance import gpus
+from experiments.spec import EngineSettings, SpecError, load_model
+
+GPU, PAIR = "gpu-", "nvlink-"  # gpu-0, nvlink-0-1: numbers as nvidia-smi counts
+RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, CUDA graphs: a round figure, not measured here
+
+
+def nvlink_pairs(topology: str) -> list[tuple[int, int]]:
+    """Pairs of GPUs joined by NVLink, no GPU in two, most links first; from the matrix that `nvidia-smi topo -m` prints."""
+    lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()]
+    header = next((line for line in lines if line[:1] == ["GPU0"] and "X" not in line), [])
+    columns = [int(cell[3:]) for cell in header if re.fullmatch(r"GPU\d+", cell)]
+    links = []
+    for row in lines:
+        if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row:
+            first = int(row[0][3:])
+            for second, cell in zip(columns, row[1:], strict=False):
+                if first < second and (joined := re.fullmatch(r"NV(\d+)", cell)):
+                    links.append((-int(joined[1]), first, second))
+    pairs: list[tuple[int, int]] = []
+    for _, first, second in sorted(links):
+        if not {first, second} & {number for pair in pairs for number in pair}:
+            pairs.append((first, second))
+    return pairs
+
+
+def resources() -> dict[str, float]:
+    """Ray resources of this machine; empty without GPUs. CUDA_VISIBLE_DEVICES narrows them, if it holds numbers."""
+    numbers = set(range(len(gpus())))
+    if visible := re.fullmatch(r"\d+(,\d+)*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        numbers &= {int(number) for number in visible[0].split(",")}
+    if not numbers:
+        return {}
+    command = [shutil.which("nvidia-smi") or "nvidia-smi", "topo", "-m"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = {f"{GPU}{number}": 1.0 for number in sorted(numbers)}
+    return found | {f"{PAIR}{a}-{b}": 1.0 for a, b in nvlink_pairs(printed) if {a, b} <= numbers}
+
+
+def places(tensor_parallel: int, total: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """The sets of Ray resources that a session of this tensor-parallel size may take. Raises SpecError if there is none."""
+    if not any(name.startswith(GPU) for name in total):
+        raise SpecError('Ray: no GPU is declared; start each node with: ray start --resources="$(python -m experiments.gpus)"')
+    if tensor_parallel == 1:
+        return [(name,) for name in sorted(total) if name.startswith(GPU)]
+    pairs = [name for name in sorted(total) if name.startswith(PAIR)]
+    if tensor_parallel != 2 or not pairs:
+        raise SpecError(
+            f"GPUs: tensor parallel size {tensor_parallel} needs a pair joined by NVLink; nvidia-smi topo -m shows none"
+        )
+    return [(name, *(GPU + number for number in name.removeprefix(PAIR).split("-"))) for name in pairs]
+
+
+def take(choices: Sequence[tuple[str, ...]], free: dict[str, float]) -> tuple[str, ...] | None:
+    """The first choice that is free, taken off `free`; None if all are busy. A GPU in no pair goes before one in a pair."""
+    paired = {GPU + number for name in free if name.startswith(PAIR) for number in name.removeprefix(PAIR).split("-")}
+    for names in sorted(choices, key=lambda names: len(names) == 1 and names[0] in paired):
+        if all(free.get(name, 0) >= 1 for name in names):
+            for name in names:
+                free[name] -= 1
+            return names
+    return None
+
+
+def devices(names: Sequence[str]) -> str:
+    """CUDA_VISIBLE_DEVICES of a session that took these resources."""
+    return ",".join(name.removeprefix(GPU) for name in names if name.startswith(GPU))
+
+
+def gpu_memory_gib(settings: EngineSettings) -> dict[str, float]:
+    """GiB per GPU that an engine must have: weights, activations of the largest step, KV of the longest request, a reserve.
+
+    Activations per token: residual, hidden state, attention in and out (4 x hidden), gate, up and their product (3 x
+    intermediate, divided by tensor parallelism); logits in float32 of a full batch. Our own count, checked on no GPU.
+    """
+    shape, shards = load_model(settings.model), settings.tensor_parallel
+    per_token = (4 * shape["hidden_size"] + 3 * shape["intermediate_size"] / shards) * DTYPE_BYTES[settings.dtype]
+    return {
+        "weights": weight_bytes(shape, shards, settings.dtype) / 2**30,
+        "activations": (settings.max_budget * per_token + 4 * settings.max_batch * shape["vocab_size"]) / 2**30,
+        "longest request": settings.max_model_len * kv_bytes_per_token(shape, shards, settings.dtype) / 2**30,
+        "reserve": RESERVED_GIB,
+    }
+
+
+def check_gpu_memory(settings: EngineSettings, gpu_gib: float) -> str:
+    """What an engine takes of a GPU of that size, in a line. Raises SpecError if it is too much, before anything is loaded."""
+    needs = gpu_memory_gib(settings)
+    have = gpu_gib * (settings.gpu_memory_utilization or 1.0)
+    parts = " + ".join(f"{gib:.1f} {name}" for name, gib in needs.items())
+    if sum(needs.values()) > have:
+        raise SpecError(
+            f"{settings.model}: GPU memory: got {parts} = {sum(needs.values()):.1f} GiB per GPU; allowed: {have:.1f}, "
+            f"{settings.gpu_memory_utilization or 1.0:g} of {gpu_gib:g}; use shorter prompts, or more or larger GPUs"
+        )
+    return f"{parts} GiB of {have:.1f} per GPU"
+
+
+if __name__ == "__main__":
+    print(json.dumps(resources()))
+    sys.exit(0)

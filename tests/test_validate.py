@@ -1,0 +1,96 @@
+"""make validate on runs whose engine is known: predictions meet it, another engine's do not, and errors are told in a line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from fakes import SATURATION, in_memory
+from matplotlib.colors import to_hex
+from test_calibrate_here import KNOWN
+
+from analysis import validate
+from analysis.load import Run, TrialRecord
+from analysis.plots_validate import PANELS, validation_figure
+from experiments.cost_model import Calibration, Jitter
+from experiments.expand import expand
+from experiments.session import run_session
+from experiments.simulator import SimulatedEngine
+from experiments.spec import EngineSettings, load_figure, load_testbed
+from experiments.workload import synthetic_trace
+
+CALIBRATIONS = {name: replace(KNOWN, models=(name,)) for name in ("mistral-7b-w8", "yi-34b-w8", "yi-34b-200k-w8")}
+
+
+def measured(figure: str) -> Run:
+    """A run of the known engine, one replicate, as if measured."""
+    sessions, trials = expand(load_figure(figure), load_testbed("cpu"), 1, SATURATION), []
+    for session in sessions:
+
+        def make(settings: EngineSettings, seed: int = session.seed + 1000) -> SimulatedEngine:  # other jitter than predicted
+            return SimulatedEngine(settings, CALIBRATIONS[settings.model], seed)
+
+        for result in run_session(session, [trial.name for trial in session.trials], make, synthetic_trace()):
+            facts = {"format": 1, "session": result.session, "trial": result.trial, **result.facts}
+            trials.append(TrialRecord(Path("in-memory"), facts, result.record))
+    return in_memory(sessions, tuple(trials))
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    return [measured("fig9a"), measured("fig9b")]
+
+
+def compared(runs: list[Run], calibrations: dict[str, Calibration]) -> pd.DataFrame:
+    return pd.concat([validate.compare(run, calibrations) for run in runs], ignore_index=True)
+
+
+def test_the_known_engine_is_predicted(runs: list[Run]) -> None:
+    table = compared(runs, CALIBRATIONS)
+    assert table["metric"].value_counts().to_dict() == {"step time": 44, "prefill": 32, "P50 TTFT": 12, "P99 TBT": 12}
+    assert [met for _, met in validate.judge(table)] == [True] * 4
+    exact = {name: replace(calibration, jitter=Jitter(0.0)) for name, calibration in CALIBRATIONS.items()}
+    assert compared(runs, exact)["error"].abs().max() > 0  # the comparison sees even jitter
+
+
+def test_another_engine_misses_every_target(runs: list[Run]) -> None:
+    slow = {name: replace(calibration, overhead_s=1.5 * KNOWN.overhead_s) for name, calibration in CALIBRATIONS.items()}
+    sentences = validate.judge(compared(runs, slow))
+    assert [met for _, met in sentences] == [False] * 4
+    assert "(target: within 5%)" in sentences[0][0]
+    assert "over 12 points (target: at most 10% and 25%)" in sentences[2][0]
+
+
+def test_one_point_far_off_misses_the_target() -> None:
+    rows = [{"metric": name, "figure": "fig9b", "measured": 1.0, "predicted": 1.0} for name in ("step time", "P99 TBT")]
+    rows += [{"metric": "P50 TTFT", "figure": "fig9b", "measured": 1.0, "predicted": 1.0 + off} for off in (0.0, 0.01, 0.3)]
+    table = pd.DataFrame(rows).assign(error=lambda r: r["predicted"] / r["measured"] - 1)
+    assert [met for _, met in validate.judge(table)] == [True, False, True]
+
+
+def test_every_point_is_drawn_at_its_values(runs: list[Run]) -> None:
+    table = compared(runs, CALIBRATIONS)
+    figure = validation_figure(table, "a machine")
+    for axes, metric in zip(figure.axes, PANELS, strict=True):
+        rows = table[table["metric"] == metric]
+        drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+        assert drawn == set(zip(1e3 * rows["measured"], 1e3 * rows["predicted"], strict=True))
+        assert len({to_hex(line.get_color()) for line in axes.lines}) > 1
+    assert "SIMULATED" in figure.get_suptitle()
+
+
+def test_without_a_run_one_line_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["--testbed", "cpu", "--runs", str(tmp_path), "--report", str(tmp_path / "report")]) == 2
+    message = "no finished fig9a on testbed cpu; make fig9a fig9b first, then make validate"
+    assert capsys.readouterr().err == f"error: {tmp_path}: {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_machine_is_refused(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fig9a-cpu" / "bag-1").mkdir(parents=True)
+    monkeypatch.setattr(validate, "load_run", lambda _: runs[0])
+    monkeypatch.setattr(validate, "machine", lambda: {"type": "another"})
+    with pytest.raises(validate.SpecError, match=r"fig9a-cpu: measured on .*; allowed: a run of this machine, another"):
+        validate.measured_run(tmp_path, "fig9a", "cpu")
