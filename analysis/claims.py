@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from analysis.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill, serving_trials
-from analysis.stats import LEVEL, Sample, holm, replicates_needed
+from analysis.stats import LEVELS, Array, Sample, holm, replicates_needed
 from experiments.spec import STRICT, read_spec
 
 Chunk = int | Literal["unchunked"]
@@ -99,6 +102,7 @@ def ratios(run: Run, claim: Claim) -> dict[int, float]:
     return found
 
 
+@cache
 def published_ratio(claim: Claim) -> float | None:
     """The claim's ratio in the published data; None where nothing is published."""
     if claim.figure != "fig9a" or claim.model != "yi-34b-200k":
@@ -119,7 +123,7 @@ def published_verdict(claim: Claim) -> dict[str, Any]:
     return {"verdict": "agrees" if holds else "contradicts", "value": ratio, "detail": f"{ratio:.3f}; claimed {wanted}"}
 
 
-def p_values(claim: Claim, seen: Sample) -> tuple[float, float]:
+def p_values(claim: Claim, seen: Sample) -> tuple[Array, Array]:
     """One-sided p values of (the claim holds, the claim fails).
 
     Equivalence: two one-sided tests, both must succeed; failing is either of two tests, so its smaller p value is doubled.
@@ -128,51 +132,82 @@ def p_values(claim: Claim, seen: Sample) -> tuple[float, float]:
         return seen.p_above(1.0), seen.p_below(1.0)
     if claim.rule == "bound":
         return seen.p_below(claim.bound), seen.p_above(claim.bound)
+    low, high = _bounds(claim)
+    outside = np.minimum(1.0, 2 * np.minimum(seen.p_below(low), seen.p_above(high)))
+    return np.maximum(seen.p_above(low), seen.p_below(high)), outside
+
+
+def _bounds(claim: Claim) -> tuple[float, ...]:
+    """The ratios at which a claim turns from true to false. Raises ValueError for an equivalence without published data."""
+    if claim.rule != "equivalence":
+        return (claim.bound if claim.rule == "bound" else 1.0,)
     center = published_ratio(claim)
     if center is None:
         raise ValueError(f"{claim.id}: equivalence needs published data")
-    low, high = center / (1 + claim.margin), center * (1 + claim.margin)
-    outside = min(1.0, 2 * min(seen.p_below(low), seen.p_above(high)))
-    return max(seen.p_above(low), seen.p_below(high)), outside
+    return center / (1 + claim.margin), center * (1 + claim.margin)
 
 
-def judge(claims: list[Claim], samples: list[Sample], looks: int) -> list[dict[str, Any]]:
-    """Verdicts of the claims of one figure on one run, Holm-adjusted together, with every number behind them.
+class Decision(NamedTuple):
+    """What the rule says, arrays of (..., claims): p values of holding and failing, Holm-adjusted, and the verdict."""
 
-    looks: 1, or 2 if replicates were added after a first look: then the level is halved, which keeps both looks together
-    within the level of one.
+    p_pass: Array
+    p_fail: Array
+    p_pass_adjusted: Array
+    p_fail_adjusted: Array
+    verdict: npt.NDArray[np.str_]
+    needed: npt.NDArray[np.int64]  # replicates in all that would settle an INCONCLUSIVE at a last look, 0: not by repetition
+
+
+def rule(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> Decision:
+    """The rule: t tests, Holm-adjusted over the claims of a figure, at the level of the look. The one that judges every run.
+
+    looks: 1, or 2 if replicates were added after a first look.
     """
-    level = LEVEL / looks
     pairs = [p_values(claim, seen) for claim, seen in zip(claims, samples, strict=True)]
-    holds, fails = holm([pair[0] for pair in pairs]), holm([pair[1] for pair in pairs])
+    p_pass, p_fail = (np.stack([pair[side] for pair in pairs], axis=-1) for side in (0, 1))
+    holds, fails = holm(p_pass), holm(p_fail)
+    level = LEVELS[min(looks, len(LEVELS)) - 1]
+    verdict = np.select([holds <= level, fails <= level], ["PASS", "FAIL"], "INCONCLUSIVE")
+    return Decision(p_pass, p_fail, holds, fails, verdict, _needed(claims, samples, verdict == "INCONCLUSIVE"))
+
+
+def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Holm tests the claims that are still unsettled at the level divided by their number."""
+    left = unsettled.sum(axis=-1)
+    needed = np.zeros(unsettled.shape, dtype=np.int64)
+    for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
+        distance = np.min([np.abs(seen.mean - math.log(bound)) for bound in _bounds(claim)], axis=0)
+        for count in range(1, len(claims) + 1):
+            here = unsettled[..., number] & (left == count)
+            if here.any():
+                advice = replicates_needed(seen, distance, LEVELS[-1] / count)
+                needed[..., number] = np.where(here, advice, needed[..., number])
+    return needed
+
+
+def judge(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> list[dict[str, Any]]:
+    """Verdicts of the claims of one figure on one run, with every number behind them. looks: see rule."""
+    found = rule(claims, samples, looks)
     results = []
-    for claim, seen, pair, p_pass, p_fail in zip(claims, samples, pairs, holds, fails, strict=True):
-        verdict = "PASS" if p_pass <= level else "FAIL" if p_fail <= level else "INCONCLUSIVE"
-        low, high = seen.interval()
-        needed = replicates_needed(seen, _nearest_bound(claim, seen), level) if verdict == "INCONCLUSIVE" else None
+    for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
+        low, high = map(float, seen.interval())
+        verdict = str(found.verdict[number])
         numbers = {
-            "ratio": seen.ratio,
+            "ratio": float(seen.ratio),
             "low": low,
             "high": None if math.isinf(high) else high,
             "replicates": seen.n,
-            "ratios": [math.exp(log) for log in seen.logs],
-            "level": level,
+            "ratios": np.exp(seen.logs).tolist(),
+            "level": LEVELS[min(looks, len(LEVELS)) - 1],
             "looks": looks,
-            "p_pass": pair[0],
-            "p_fail": pair[1],
-            "p_pass_adjusted": p_pass,
-            "p_fail_adjusted": p_fail,
-            "replicates_needed": needed,
+            "p_pass": float(found.p_pass[number]),
+            "p_fail": float(found.p_fail[number]),
+            "p_pass_adjusted": float(found.p_pass_adjusted[number]),
+            "p_fail_adjusted": float(found.p_fail_adjusted[number]),
+            "replicates_needed": int(found.needed[number]) or None,
         }
         results.append({"verdict": verdict, "reason": _reason(claim, verdict, numbers), "numbers": numbers})
     return results
-
-
-def _nearest_bound(claim: Claim, seen: Sample) -> float:
-    if claim.rule != "equivalence":
-        return claim.bound if claim.rule == "bound" else 1.0
-    center = published_ratio(claim) or 1.0
-    return min(center / (1 + claim.margin), center * (1 + claim.margin), key=lambda bound: abs(seen.mean - math.log(bound)))
 
 
 def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:

@@ -50,6 +50,26 @@ def _finished(run: Run) -> Gate:
     return Gate("requests finished", asked == got and not cut, f"{got} of {asked} tokens received, {cut} trials truncated")
 
 
+def _planned(run: Run) -> Gate:
+    planned = {(session, trial) for session, trials in run.plan["sessions"].items() for trial in trials}
+    missing = sorted("/".join(pair) for pair in planned - {(t.facts["session"], t.facts["trial"]) for t in run.trials})
+    detail = f"{len(missing)} of {len(planned)} trials missing{': ' if missing else ''}{', '.join(missing[:3])}"
+    return Gate("every planned trial", not missing, detail)
+
+
+def _platform(run: Run) -> Gate:
+    """Claims are scoped by the testbed's name, so the machine must be the one that the testbed names."""
+    platform, needs = run.plan["platform"], run.plan.get("requires", {})
+    wrong = set()
+    for trial in run.trials:
+        cards = trial.facts["machine"].get("gpus", [])
+        if bool(trial.facts["engine"].get("simulated")) != (platform == "simulated"):
+            wrong.add("measured" if platform == "simulated" else "simulated")
+        elif platform == "cuda" and not (needs and len(cards) >= needs["gpus"] and all(needs["gpu_name"] in c for c in cards)):
+            wrong.add(f"GPUs: {', '.join(cards) or 'none'}; {needs.get('gpus', '?')} x {needs.get('gpu_name', '?')} are needed")
+    return Gate("platform of the testbed", not wrong, "; ".join(sorted(wrong)) or f"{platform}, as testbed {run.testbed} says")
+
+
 def _arrivals(run: Run) -> Gate:
     """Open loop: a request enters at the first step boundary after its arrival, so it can be late by one step at most."""
     if run.kind != "serving":
@@ -90,7 +110,8 @@ def _clock(run: Run) -> Gate:
         wrong += int(
             (steps["seconds"] <= 0).sum() + (steps["start_s"].iloc[1:].to_numpy() < ends.iloc[:-1].to_numpy() - 1e-9).sum()
         )
-    return Gate("clock monotonic", not wrong, f"{wrong} steps end before they start or overlap")
+        wrong += int((trial.record.tokens["time_s"].diff() < 0).sum())
+    return Gate("clock monotonic", not wrong, f"{wrong} steps or tokens end before they start, overlap or come out of order")
 
 
 def _noise(run: Run) -> Gate:
@@ -122,6 +143,7 @@ def _looks(run: Run) -> Gate:
 
 
 GATES: tuple[Callable[[Run], Gate], ...] = (
+    _planned,
     _finished,
     _arrivals,
     _budget,
@@ -130,6 +152,7 @@ GATES: tuple[Callable[[Run], Gate], ...] = (
     _clock,
     _noise,
     _repeat,
+    _platform,
     _independent,
     _alike,
     _looks,

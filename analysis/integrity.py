@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bagit
@@ -29,9 +30,19 @@ def _listed(path: Path) -> dict[str, str]:
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
-def incomplete(bag: Path) -> bool:
-    """Whether this is a half-copied bag: payload, but none of the files that a seal leaves."""
-    return not any((bag / name).exists() for name in (*TAG_FILES, TAGS))
+def incomplete(bag: Path, found: Sequence[str]) -> bool:
+    """Whether the problems found are those of an interrupted copy or seal: files missing, at most one cut short.
+
+    A file cut short cannot be told from a changed one by its digest, so the payload's size in bag-info.txt decides.
+    """
+    kinds = [line.split(":")[0] for line in found]
+    if not found or "unlisted" in kinds or kinds.count("changed") > 1:
+        return False
+    if "changed" not in kinds:
+        return True
+    size = sum(path.stat().st_size for path in bag.glob("data/**/*") if path.is_file())
+    stated = re.search(rb"^Payload-Oxum: (\d{1,18})\.", (bag / "bag-info.txt").read_bytes(), re.M)
+    return found[kinds.index("changed")].startswith("changed: data/") and stated is not None and size < int(stated[1])
 
 
 def problems(bag: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,17 @@ from experiments.spec import SpecError
 from experiments.store import read_trial
 
 REFERENCE = ROOT / "artifacts" / "reference"
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,80}", re.ASCII)
 MUST_MATCH = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", "machine.type", "machine.image")
+
+
+def printable(data: Any) -> Any:
+    """The same with every text free of control characters and cut at 2,000: a bag may try to write to the terminal."""
+    if isinstance(data, str):
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in data[:2000])
+    if isinstance(data, dict):
+        return {printable(key): printable(value) for key, value in data.items()}
+    return [printable(value) for value in data] if isinstance(data, list) else data
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,9 @@ class Run:
         scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
         trace = f"; trace {self.trace['name']}" if self.trace else ""
         prefix = f"SIMULATED ({', '.join(self.calibrations)}) " if self.simulated else ""
-        return f"{prefix}{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})"
+        return prefix + str(
+            printable(f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})")
+        )
 
     @property
     def simulated(self) -> bool:
@@ -102,7 +115,8 @@ class Run:
 
 def find_runs(folder: Path) -> dict[str, list[Path]]:
     """Run directory name -> its bags, in order of name."""
-    found = {path.name: sorted(path.glob("bag-*")) for path in sorted(folder.glob("*")) if path.is_dir()}
+    folders = [path for path in sorted(folder.glob("*")) if path.is_dir()]
+    found = {path.name: sorted(bag for bag in path.glob("bag-*") if bag.is_dir()) for path in folders}
     return {name: bags for name, bags in found.items() if bags}
 
 
@@ -110,6 +124,11 @@ def unfinished(folder: Path) -> list[str]:
     """Run directories that hold trials but no bag yet, as sentences."""
     names = sorted({path.parent.name for path in folder.glob("*/open-*") if any(path.glob("trials/*/*"))})
     return [f"{name}: incomplete; make {name.split('-')[0]} resumes it" for name in names]
+
+
+def _ended(bag: Path) -> str:
+    """When the last trial of a bag ended, as its records say: a copy's files are as new as the copy."""
+    return max((json.loads(path.read_text())["ended"] for path in bag.glob("data/trials/*/*/trial.json")), default="")
 
 
 def load_run(bags: list[Path]) -> Run:
@@ -120,7 +139,7 @@ def load_run(bags: list[Path]) -> Run:
     if not bags:
         raise SpecError("no finished run here; make fig9a makes one")
     plans = {bag: json.loads((bag / "data" / "plan.json").read_text()) for bag in bags}
-    newest = max(bags, key=lambda bag: (bag.stat().st_mtime_ns, bag.name))
+    newest = max(bags, key=lambda bag: (_ended(bag), bag.stat().st_mtime_ns, bag.name)) if len(bags) > 1 else bags[0]
     identity = plans[newest]["identity"]
     chosen = [bag for bag in bags if plans[bag]["identity"] == identity]
     aside = tuple(
@@ -133,6 +152,10 @@ def load_run(bags: list[Path]) -> Run:
         for path in sorted(bag.glob("data/trials/*/*")):
             trials.append(TrialRecord(path, *read_trial(path)))
     plan = plans[chosen[-1]]
+    named = {str(plan[key]) for key in ("figure", "testbed")}
+    named |= {str(trial.facts[key]) for trial in trials for key in ("figure", "testbed", "model", "session", "trial")}
+    if odd := sorted(name for name in named if not NAME.fullmatch(name)):  # files are named by them, and pictures labelled
+        raise SpecError(f"{chosen[-1]}: name {odd[0][:80]!r}; allowed: letters, digits and . _ + -")
     return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, tuple(trials), aside)
 
 

@@ -93,8 +93,13 @@ def prefill_figure(run: Run) -> Figure:
 
 def headline(figure: Figure, run: Run, letters: int, what: str = "") -> None:
     """The title of a picture, in lines of at most `letters`: what it shows, then the run with its testbed, scale and trace."""
-    lines = [textwrap.fill(part, letters, break_on_hyphens=False) for part in (what, run.title) if part]
-    figure.suptitle("\n".join(lines), fontsize=8.5, fontweight="bold")
+    entitle(figure, letters, what, run.title)
+
+
+def entitle(figure: Figure, letters: int, *parts: str) -> None:
+    """A title of these parts, each on lines of its own, of at most `letters`."""
+    lines = [textwrap.fill(part, letters, break_on_hyphens=False) for part in parts if part]
+    figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=8.5, fontweight="bold")
 
 
 def colour(chunk_size: str) -> str:
@@ -173,17 +178,18 @@ def _prefill_panel(axes: Axes, rows: pd.DataFrame, hatched: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, path: Path) -> tuple[Path, Path]:
+def save(figure: Figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> tuple[Path, ...]:
     """Write PATH.png (300 dpi) and PATH.svg, each whole or not at all; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, dict[str, Any]] = {
-        "png": {"dpi": 300, "metadata": {"Software": None}},
+        "png": {"dpi": 300, "metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}},
         "svg": {"dpi": 300, "metadata": {"Date": None, "Creator": None}},  # dpi: of what is rasterized in it
     }
-    targets = {suffix: path.with_name(f"{path.name}.{suffix}") for suffix in options}
+    targets = {suffix: path.with_name(f"{path.name}.{suffix}") for suffix in formats}
     with mpl.rc_context(STYLE):
         for suffix, target in targets.items():
             part = target.with_name(f".{target.name}.part")
             figure.savefig(part, format=suffix, **options[suffix])
             part.replace(target)
-    return targets["png"], targets["svg"]
+            figure.set_layout_engine("none")  # laid out once: it takes as long as drawing
+    return tuple(targets.values())

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,8 @@ import jinja2
 from analysis.load import find_runs, load_run
 from analysis.views import VIEWS, View
 from experiments.provenance import ROOT, sha256
-from experiments.spec import SpecError
+from experiments.spec import SpecError, command
+from experiments.store import write_whole
 
 VERDICT_FORMAT = 1
 # What is behind a verdict, as it is read: the ratio and its interval, what they are of, then the tests.
@@ -82,33 +81,18 @@ def render(verdict: Mapping[str, Any], views: Mapping[str, View | None], unjudge
     return template.render(verdict=verdict, counts=counts, views=views, unjudged=unjudged)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no verdict or it is not of these runs."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
     parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
     options = parser.parse_args(argv)
-    try:
-        verdict = read_verdict(options.report / "verdict.json")
-        found = find_runs(options.runs)
-        views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
-    except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    verdict = read_verdict(options.report / "verdict.json")
+    found = find_runs(options.runs)
+    views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
     page = options.report / "index.html"
-    write(page, render(verdict, views, sorted(set(found) - set(views))))
+    write_whole(page, render(verdict, views, sorted(set(found) - set(views))))
     print(f"report written to {page}")
     return 0
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from analysis.load import Run, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
 from experiments.provenance import ROOT
-from experiments.spec import SpecError
+from experiments.spec import command
 
 
 def prefill_table(run: Run) -> pd.DataFrame:
@@ -120,6 +120,7 @@ def show_serving(run: Run, table: pd.DataFrame, console: Console) -> None:
 TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no finished run."""
     parser = argparse.ArgumentParser(prog="python -m analysis.summary", description=__doc__)
@@ -130,18 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     pattern = "*" if options.testbed == "auto" else options.testbed
     console = Console(highlight=False)
-    try:
-        run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
-        make_table, show = TABLES[run.kind]
-        table = make_table(run)
-        options.report.mkdir(parents=True, exist_ok=True)
-        target = options.report / f"{run.figure}-{run.testbed}.csv"
-        table.to_csv(target, index=False)
-        show(run, table, console)
-        console.print(f"as CSV: {target}")
-    except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
+    make_table, show = TABLES[run.kind]
+    table = make_table(run)
+    options.report.mkdir(parents=True, exist_ok=True)
+    target = options.report / f"{run.figure}-{run.testbed}.csv"
+    table.to_csv(target, index=False)
+    show(run, table, console)
+    console.print(f"as CSV: {target}")
     return 0
 
 

@@ -47,9 +47,9 @@ class View:
     explanations: tuple[Picture, ...] = ()
 
 
-def _picture(figure: plots.Figure, path: Path, alt: str, caption: str) -> Picture:
-    """Draw to PATH.png and PATH.svg."""
-    _, svg = plots.save(figure, path)
+def _picture(figure: plots.Figure, path: Path, alt: str, caption: str, formats: tuple[str, ...] = ("png", "svg")) -> Picture:
+    """Draw to PATH.png and PATH.svg, or as SVG alone."""
+    *_, svg = plots.save(figure, path, formats)
     width, height = figure.get_size_inches() * CSS_PIXELS
     image = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
     return Picture(image, round(width), round(height), alt, caption)
@@ -141,7 +141,7 @@ TRIAL_CAPTION = (
 
 
 def serving_view(run: Run, path: Path) -> View:
-    """Draw Figure 9b to PATH.png and PATH.svg, and what explains it beside them: PATH-tradeoff, PATH-tbt-..., PATH-trial-..."""
+    """Draw Figure 9b to PATH.png and PATH.svg, with PATH-tradeoff; what explains it as SVG: PATH-tbt-..., PATH-trial-..."""
     intervals = plots_serving.serving_intervals(run)
     keys = ["model", "qps", "chunk_size"]
     medians = serving_table(run)[[*keys, *MEDIANS]]
@@ -200,11 +200,11 @@ def _explanations(run: Run, path: Path, model: str, rows: pd.DataFrame) -> list[
     for qps, group in rows.groupby("qps"):
         figure = plots_serving.tbt_figure(run, model, float(str(qps)))
         alt = f"{run.title}. Distribution of the gaps between tokens. {_serving_words(group)}"
-        drawn.append(_picture(figure, path.with_name(f"{path.name}-tbt-{model}-qps{qps:g}"), alt, TBT_CAPTION))
+        drawn.append(_picture(figure, path.with_name(f"{path.name}-tbt-{model}-qps{qps:g}"), alt, TBT_CAPTION, ("svg",)))
     for trial in explained_trials(run, model):
         figure = plots_serving.trial_figure(run, trial)
         name = f"{path.name}-trial-{trial.facts['session']}-{trial.facts['trial']}"
-        drawn.append(_picture(figure, path.with_name(name), f"{run.title}. {_trial_words(trial)}", TRIAL_CAPTION))
+        drawn.append(_picture(figure, path.with_name(name), f"{run.title}. {_trial_words(trial)}", TRIAL_CAPTION, ("svg",)))
     return drawn
 
 

@@ -15,7 +15,7 @@ from experiments.expand import expand
 from experiments.provenance import sha256
 from experiments.session import run_session
 from experiments.spec import SpecError, load_figure, load_testbed
-from experiments.store import Run, to_json
+from experiments.store import Run, to_json, write_whole
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 NAMES = {"smoke": "smoke-cpu", "fig9a": "fig9a-cpu", "fig9b": "fig9b-cpu"}
@@ -304,7 +304,7 @@ def test_a_verdict_of_other_runs_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "index.html"
-    report.write(page, "old")
+    write_whole(page, "old")
     assert page.stat().st_mode & 0o777 == 0o644
 
     def fail(self: Path, target: Path) -> Path:
@@ -312,5 +312,5 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="full"):
-        report.write(page, "new")
+        write_whole(page, "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
