@@ -1,0 +1,154 @@
+"""`make check-advice`: what make recommend says, against an exhaustive search on the real engine of this machine.
+
+Every chunk size of a sweep is measured at every rate of a grid, seed by seed. The capacity of the recommended chunk size is
+compared with the best of all, for three P99 TBT targets, and the engine time of both ways is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from analysis.advice import Case, advise
+from analysis.capacity import DELAY_LIMIT_S, Latency, Search, Setting, latency
+from analysis.recommend import case_of, confirm, settled, show_confirmed
+from experiments.calibrate_here import calibrate, settings_of
+from experiments.doctor import choose_testbed
+from experiments.provenance import ROOT
+from experiments.spec import SpecError, Testbed, command
+from experiments.trials import Load, load_sessions, serve_loads
+from experiments.workload import choose_trace, describe_trace
+
+RATES = [1.19**n for n in range(-4, 3)]  # times the highest simulated capacity without a TBT target
+SIZES = 8  # chunk sizes: those of the sweep, and between them from the smallest on
+SECONDS = 5.0  # of arrivals in a measured load
+SEEDS = 2
+ENOUGH, SHARE = 0.95, 0.25  # of the best capacity; of the exhaustive search's engine time
+ABOVE = 1.15  # a target lets through what a chunk size needs, and this much more
+
+
+def measure(case: Case, testbed: Testbed, settings: Sequence[Setting], rates: Sequence[float], seed: int) -> pd.DataFrame:
+    """Every setting at every rate on the real engine; seed, budget, rate, the latencies, and the engine seconds of all."""
+    loads = [Load(setting.budget, setting.max_batch, rate) for setting in settings for rate in rates]
+    base = replace(case.session, seed=seed)
+    began = time.monotonic()
+    sessions = load_sessions(base, loads, SECONDS, case.max_total, testbed.switch_chunk_size)
+    found = serve_loads(sessions, case.trace, print)
+    spent = time.monotonic() - began
+    rows = [{"seed": seed, "budget": load.budget, "rate": load.rate, **asdict(latency(record))} for load, record in found]
+    return pd.DataFrame(rows).assign(engine_s=spent)
+
+
+def measured_capacity(rows: pd.DataFrame, limits: Latency) -> float:
+    """Of one setting and seed: the rate where the worst ratio to a limit first exceeds 1, log-interpolated; NaN if always."""
+    rows = rows.sort_values("rate")
+    names = ["tbt_p99", "ttft_p50", "delay_p50"]
+    excess = np.maximum.accumulate([Latency(*row).within(limits)[0] for row in rows[names].to_numpy().tolist()])
+    rates = np.log(rows["rate"].to_numpy())
+    if excess[0] > 0:
+        return math.nan
+    over = int(np.searchsorted(excess, 0.0, side="right"))
+    if over == len(excess):
+        return float(np.exp(rates[-1]))
+    share = -excess[over - 1] / (excess[over] - excess[over - 1])
+    return float(np.exp(rates[over - 1] + share * (rates[over] - rates[over - 1])))
+
+
+def targets_of(case: Case, search: Search, delay: float) -> list[float]:
+    """Three P99 TBT targets, seconds: a little above what every second chunk size of the sweep takes under full load."""
+    found = []
+    for setting in case.settings_to_try()[0:6:2]:
+        top = search.capacity(setting, Latency(delay_p50=delay), case.seeds[0])
+        found.append(ABOVE * search.serve(setting, top.rate, case.seeds[0]).tbt_p99)
+    return found
+
+
+def validate(options: argparse.Namespace, console: Console) -> bool:
+    """Whether both targets are met. Raises SpecError."""
+    testbed, _ = choose_testbed(options.testbed, options.runs)
+    if testbed.platform == "simulated":
+        raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
+    trace = choose_trace(options.trace)
+    console.print(describe_trace(trace), soft_wrap=True)
+    settings, decoding = settings_of(testbed)[testbed.models[options.model]]
+    began = time.monotonic()
+    calibrate(settings, decoding, testbed.testbed)
+    spent = time.monotonic() - began
+    case = case_of(testbed, options.model, trace)
+    search, delay = case.search(), DELAY_LIMIT_S / testbed.scale
+    sweep = case.settings_to_try()
+    between = [Setting((a.budget + b.budget) // 2, a.max_batch) for a, b in pairwise(sweep)]
+    sweep = sorted([*sweep, *between[: SIZES - len(sweep)]])
+    top = max(search.capacity(setting, Latency(delay_p50=delay), case.seeds[0]).rate for setting in sweep)
+    limits = [Latency(target, delay_p50=delay) for target in targets_of(case, search, delay)]
+    advised = [advise(case, search, limit) for limit in limits]
+    extra = {advice.best.setting for advice in advised} - set(sweep)
+    tables = []
+    for seed in case.seeds[: options.seeds]:
+        path = options.report / f"check-advice-{testbed.testbed}-seed{seed}.csv"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            measure(case, testbed, sorted({*sweep, *extra}), [top * r for r in RATES], seed).to_csv(path, index=False)
+        tables.append(pd.read_csv(path))
+    table = pd.concat(tables)
+    exhaustive = float(table.groupby("seed")["engine_s"].first().sum())
+    met = True
+    for limit, advice in zip(limits, advised, strict=True):
+        began = time.monotonic()
+        found = confirm(case, advice, testbed, console)
+        spent += time.monotonic() - began
+        predicted = f"chunk size {advice.best.setting.budget}, {advice.value:.3g} requests/s simulated"
+        console.print(f"\nP99 TBT {1e3 * limit.tbt_p99:.1f} ms: {predicted}", soft_wrap=True)
+        show_confirmed(advice, found, console)
+        real = {key: measured_capacity(rows, limit) for key, rows in table.groupby(["budget", "seed"])}
+        means = pd.Series(real).fillna(0.0).groupby(level=0).mean()
+        own, best = settled(advice, found).budget, int(str(means.idxmax()))
+        if own not in means:
+            raise SpecError(
+                f"{options.report}: check-advice-*.csv: chunk size {own} was not measured; delete them and start again"
+            )
+        ratio = float(means[own] / means[best]) if means[best] else 1.0
+        inside = advice.low <= means[best] <= advice.high
+        met &= ratio >= ENOUGH or inside
+        words = f"{means[own]:.3g} requests/s measured, {ratio:.0%} of the best ({best}: {means[best]:.3g})"
+        predicted = f"predicted {advice.low:.3g} to {advice.high:.3g}"
+        console.print(f"P99 TBT {1e3 * limit.tbt_p99:.1f} ms: chunk size {own} carries {words}; {predicted}", soft_wrap=True)
+        console.print(", ".join(f"{budget}: {rate:.3g}" for budget, rate in means.items()), soft_wrap=True)
+    share = spent / exhaustive
+    console.print(
+        f"engine time: {spent:.0f} s for calibration and three answers, {exhaustive:.0f} s for the search: {share:.0%}"
+    )
+    return met and share <= SHARE
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 if a target is missed, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.check_advice", description=__doc__)
+    parser.add_argument("--testbed", default="auto")
+    parser.add_argument("--model", default="mistral-7b")
+    parser.add_argument("--trace")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
+    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
+    options = parser.parse_args(argv)
+    console = Console(highlight=False)
+    met = validate(options, console)
+    console.print(
+        "met" if met else "MISSED: at least 95 % of the best or inside the interval, with a quarter of the engine time"
+    )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
