@@ -7,11 +7,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 NOT_LOCKED = {"torchvision", "torchaudio", "torchcodec"}  # vllm names them; text models need none of them
+
+OWN_NUMBERS = {"cuda-core", "cuda-pathfinder", "cuda-tile"}  # not numbered as CUDA is
 
 
 def locked(name: str) -> dict[str, set[str]]:
@@ -24,10 +27,10 @@ def locked(name: str) -> dict[str, set[str]]:
     return versions
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("core", []), ("cpu", ["cpu"]), ("dev", ["cpu", "dev"])])
+@pytest.mark.parametrize(("lock", "extras"), [("core", []), ("cpu", ["cpu"]), ("cuda", ["cuda"]), ("dev", ["cpu", "dev"])])
 def test_lock_satisfies_pyproject(lock: str, extras: list[str]) -> None:
     wanted = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
-    versions = locked(lock) | (locked("torch-cpu") if extras else {})
+    versions = locked(lock) | (locked("torch-cpu") if "cpu" in extras else {})
     for requirement in map(Requirement, wanted):
         name = requirement.name.lower().replace("_", "-")
         assert name in versions, f"{lock}.lock lacks {name}: make lock"
@@ -40,3 +43,15 @@ def test_the_same_version_in_every_lock() -> None:
         for package, versions in locked(lock).items():
             assert versions == dev[package], f"{package} differs between {lock}.lock and dev.lock: make lock"
             assert package not in NOT_LOCKED
+
+
+def test_cuda_shares_core_and_all_cuda_parts_are_13_0() -> None:
+    core, cuda = locked("core"), locked("cuda")
+    assert {package: versions for package, versions in cuda.items() if package in core} == core
+    text = (Path(__file__).parents[1] / "docker" / "cuda.lock").read_text()
+    parts = re.findall(r"^((?:nvidia-)?cuda-[a-z]+|nvidia-nv[a-z]+)==(\d+\.\d+)\S*(?: ; (.*?))? \\$", text, re.M)
+    for machine in ("x86_64", "aarch64"):
+        here = {"sys_platform": "linux", "platform_machine": machine, "python_full_version": "3.12.3", "python_version": "3.12"}
+        found = {name: version for name, version, marker in parts if not marker or Marker(marker).evaluate(here)}
+        assert {name for name, version in found.items() if version != "13.0"} <= OWN_NUMBERS
+        assert found["nvidia-cuda-nvcc"] == found["nvidia-cuda-runtime"] == found["cuda-toolkit"] == "13.0"

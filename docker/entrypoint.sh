@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Run a command in the image. A measuring run gets a Ray head with all GPUs, started here and stopped here, unless RAY_ADDRESS
+# names a cluster to join. The command's exit status and the signals sent to the container pass through.
+set -euo pipefail
+
+# The user may be any uid, without an entry in /etc/passwd and without a home.
+export USER=artifact HOME=/tmp/home XDG_CACHE_HOME=/tmp/cache
+export TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor TRITON_CACHE_DIR=/tmp/cache/triton
+export VLLM_CACHE_ROOT=/tmp/cache/vllm MPLCONFIGDIR=/tmp/cache/matplotlib
+export PYTHONDONTWRITEBYTECODE=1 # the source is mounted read-only
+export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+mkdir -p "$HOME" "$XDG_CACHE_HOME"
+
+measures() { # a run of a figure on a real engine
+    [[ " $* " == *" -m experiments.run "* && " $* " != *" --plan "* && " $* " != *-sim* ]] &&
+        [[ " $* " =~ " "(smoke|fig9a|fig9b|[^ ]*\.yaml)" " ]]
+}
+
+ray_started=
+if [[ -z ${RAY_ADDRESS:-} ]] && measures "$@"; then
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    log=$(mktemp)
+    if ! ray start --head --node-ip-address=127.0.0.1 --port="$port" --include-dashboard=false --disable-usage-stats \
+        --object-store-memory=268435456 --resources="$(python -m experiments.gpus)" >"$log" 2>&1; then
+        echo "error: Ray did not start in the container: $(grep -v '^ *$' "$log" | tail -n 1)" >&2
+        exit 1
+    fi
+    ray_started=1
+    for attempt in {1..30}; do
+        ray health-check --address "127.0.0.1:$port" >/dev/null 2>&1 && break
+        ((attempt < 30)) || {
+            echo "error: Ray in the container does not answer on port $port" >&2
+            exit 1
+        }
+        sleep 1
+    done
+    export RAY_ADDRESS=127.0.0.1:$port
+fi
+
+set -m # the command in a process group of its own, which the signals go to
+"$@" &
+child=$!
+trap 'kill -INT -- "-$child" 2>/dev/null' INT
+trap 'kill -TERM -- "-$child" 2>/dev/null' TERM HUP
+status=0
+wait "$child" || status=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the command
+    status=0
+    wait "$child" || status=$?
+done
+[[ -z $ray_started ]] || ray stop --force >/dev/null 2>&1 || true
+exit "$status"

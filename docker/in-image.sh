@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Run a command in the image, in this folder: the source read-only, artifacts writable, owned by the caller. Settings come from make.
+set -euo pipefail
+: "${DOCKER:=docker}" "${IMAGE:?}" "${OUT:=artifacts/runs}"
+root=$PWD
+read -ra flags <<<"${USER_FLAGS:-} ${GPUS:-} ${SHM:-} ${ULIMITS:-} ${NETWORK:+--network=$NETWORK} ${RUN_FLAGS:-}"
+
+mount() { # folder or file, and "readonly" or nothing
+    mounts+=(--mount "type=bind,source=$(realpath "$1"),target=$(realpath -s "$1")${2:+,$2}")
+}
+mounts=()
+mkdir -p artifacts "$OUT"
+mount "$root" readonly
+mount artifacts # reports, fetched traces, calibrations of this machine, packages
+mount artifacts/reference readonly
+mount "$OUT"
+for file in "${TRACE:-}" "${BAG:-}"; do
+    [[ ! -f $file ]] || mount "$file" readonly
+done
+
+variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")
+[[ -z ${RAY_ADDRESS:-} ]] || variables+=(--env "RAY_ADDRESS=$RAY_ADDRESS")
+if commit=$(git rev-parse HEAD 2>/dev/null); then # the container has no git history
+    [[ -z $(git status --porcelain) ]] || commit+=-dirty
+    variables+=(--env "ARTIFACT_COMMIT=$commit")
+fi
+exec "$DOCKER" run --rm "${flags[@]}" "${mounts[@]}" --workdir "$root" "${variables[@]}" "$IMAGE" "$@"
