@@ -8,10 +8,26 @@ MAKEFLAGS += --no-print-directory
 # -- variables -----------------------------------------------------------------------------------------------------
 TESTBED ?= auto##    auto (this machine's), or a name in experiments/testbeds
 REPLICATES ?=##      sessions per model, each with its own seed; default: the testbed's
-TRACE ?=##           CSV of request lengths for fig9b; default: what make trace fetched, else a synthetic trace
+TRACE ?=##           request lengths: a CSV, or a .json of vllm bench serve; default: what make trace fetched, else synthetic
 OUT ?= artifacts/runs##    where runs go
+BAG ?=##             an archive made elsewhere, for make verify
+MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b
+TBT_P99 ?=##         in make recommend, the target for P99 TBT, seconds
+TTFT_P50 ?=##        in make recommend, the target for P50 TTFT, seconds
+QPS ?=##             in make recommend, a load that is given, requests per second; then the best latency is looked for
 ALL ?=##             1: in make verify, a claim that was not run counts as INCONCLUSIVE
 PYTHON ?= python3##  the Python that makes the virtual environment; 3.11 or 3.12
+IN ?= $(if $(filter-out 0,$(HAS_GPU)),$(if $(HAS_DOCKER),docker,host),host)##     docker or host: where targets run; default: docker if an NVIDIA GPU and docker are there
+DOCKER ?= docker##   docker or podman
+TARGET ?= cuda##   the image: cuda or cpu
+GPUS ?= $(if $(filter cuda,$(TARGET)),--gpus all)##     how a container gets the GPUs; CDI and podman: --device nvidia.com/gpu=all
+SHM ?= $(if $(filter cuda,$(TARGET)),--ipc=host,--shm-size=1g)##      its shared memory
+ULIMITS ?= $(if $(filter cuda,$(TARGET)),--ulimit memlock=-1 --ulimit stack=67108864)##  its limits
+NETWORK ?= $(if $(RAY_ADDRESS),host,none)##  its network; default: none, host with RAY_ADDRESS
+SOURCE ?= unpublished##  URL of the repository, for the image's labels
+USER_FLAGS ?= --user $(shell id -u):$(shell id -g)##  its user, who owns the outputs; rootless podman: --userns=keep-id
+RUN_FLAGS ?=##    more flags for docker run, such as a mount with weights
+BUILD_FLAGS ?=##  more flags for docker build
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -19,6 +35,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+HAS_DOCKER := $(shell command -v $(DOCKER) 2>/dev/null)
 ENGINE := $(if $(filter %-sim,$(TESTBED)),core,$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu))
 RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICATES),--replicates $(REPLICATES)) \
 	$(if $(TRACE),--trace $(TRACE))
@@ -27,32 +44,65 @@ RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICAT
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@printf '\nvariables\n'
-	@awk -F' *[?]=|## *' '/^[A-Z]+ [?]=.*##/ {printf "  %-19s %s\n", $$1, $$3}' Makefile
+	@awk -F' *[?]=|## *' '/^[A-Z0-9_]+ [?]=.*##/ {printf "  %-19s %s\n", $$1, $$3}' Makefile
 
+# Two makes at once would install into one environment: the second waits, and says so.
+LOCK = exec 9>.setup.lock; flock -n 9 || { \
+	echo "setup: another make is setting up here; waiting for it"; flock 9; test ! $@ -nt $< || exit 0; };
+
+# -- image ---------------------------------------------------------------------------------------------------------
+IMAGE := chunked-prefill:$(TARGET)
+BUILT := .image/$(TARGET).built
+export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS OUT TRACE BAG
+export DOCKER_BUILDKIT = 1
+
+.PHONY: image
+image: ## build the image of TARGET: cuda (about 30 min and 30 GB the first time) or cpu
+	@docker/preflight.sh build
+	@$(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg SOURCE=$(SOURCE) \
+		--build-arg REVISION=$$(git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown) \
+		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) $(BUILD_FLAGS) -f docker/Dockerfile .
+	@mkdir -p .image && touch $(BUILT)
+
+$(BUILT): docker/Dockerfile docker/install-system.sh docker/install-python.sh docker/entrypoint.sh \
+	docker/core.lock docker/$(TARGET).lock
+	@$(MAKE) image
+
+.PHONY: preflight
+preflight: $(BUILT)
+	@docker/preflight.sh run
+
+# In the image the environment is there already; tests and linting stay on the host.
+ifneq ($(filter test test-image torture flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
+override IN := host
+endif
+ifeq ($(IN),docker)
+PY := docker/in-image.sh python
+VENV := .image
+.PHONY: .image/core.stamp .image/cpu.stamp .image/cuda.stamp
+.image/core.stamp: $(BUILT)
+.image/cpu.stamp .image/cuda.stamp: preflight
+trace: NETWORK := host
+else
 # -- environment ---------------------------------------------------------------------------------------------------
 $(VENV)/core.stamp: docker/core.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: PYTHON: got %d.%d; 3.11 or newer is needed" % v)'
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "setup: what simulation and analysis need (about 20 s)"
-	@$(PIP) -r $<
-	@touch $@
+	@$(LOCK) test -x $(PY) || $(PYTHON) -m venv $(VENV); echo "setup: what simulation and analysis need (about 20 s)"; \
+	$(PIP) -r $<; touch $@
 
 # torch comes first: its CPU build is not on the ordinary index. The hashes are in the lock either way.
 $(VENV)/cpu.stamp: docker/cpu.lock docker/torch-cpu.lock $(VENV)/core.stamp
-	@echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)"
-	@$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r docker/torch-cpu.lock
-	@$(PIP) -r $<
-	@touch $@
+	@$(LOCK) echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)"; \
+	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r docker/torch-cpu.lock; \
+	$(PIP) -r $<; touch $@
 
 $(VENV)/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp
-	@echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)"
-	@$(PIP) -r $<
-	@touch $@
+	@$(LOCK) echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)"; $(PIP) -r $<; touch $@
 
 $(VENV)/dev.stamp: docker/dev.lock $(VENV)/cpu.stamp
-	@echo "setup: tools for tests and lint (about 20 s)"
-	@$(PIP) -r $<
-	@touch $@
+	@$(LOCK) echo "setup: tools for tests and lint (about 20 s)"; $(PIP) -r $<; touch $@
+
+endif
 
 .PHONY: setup
 setup: $(VENV)/$(ENGINE).stamp ## virtual environment with everything pinned; a second call does nothing
@@ -61,6 +111,7 @@ setup: $(VENV)/$(ENGINE).stamp ## virtual environment with everything pinned; a 
 .PHONY: doctor
 doctor: $(VENV)/core.stamp ## each testbed: can this machine run it, and if not, what is missing
 	@$(RUN) doctor
+	@docker/preflight.sh run && echo "image      ready: $(IMAGE)" || true
 
 .PHONY: plan
 plan: $(VENV)/core.stamp ## sessions, trials, minutes and disk of FIGURE (default fig9a); starts nothing
@@ -87,7 +138,15 @@ trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; with
 
 .PHONY: verify
 verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line
-	@$(PY) -m analysis.verify --runs $(OUT) $(if $(ALL),--all)
+	@$(PY) -m analysis.verify $(if $(BAG),--bag "$(BAG)",--runs $(OUT)) $(if $(ALL),--all)
+
+.PHONY: package
+package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference with a manifest; make verify BAG=it checks it
+	@$(PY) -m analysis.archive --runs $(OUT)
+
+.PHONY: verify-study
+verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
+	@$(PY) -m analysis.study
 
 .PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
@@ -97,33 +156,77 @@ report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, ta
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
 	@$(PY) -m analysis.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))"
 
+.PHONY: calibrate
+calibrate: setup ## fit the simulator to this machine's engine, under a minute per model, with a held-out error
+	@$(PY) -m experiments.calibrate_here --testbed $(TESTBED) --out $(OUT)
+
+.PHONY: validate
+validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
+	@$(PY) -m analysis.validate --testbed $(TESTBED) --runs $(OUT)
+
+.PHONY: recommend
+recommend: setup ## the chunk size for MODEL and targets TBT_P99, TTFT_P50 (s), or a load QPS; confirmed on this machine's engine
+	@$(PY) -m analysis.recommend --testbed $(TESTBED) --runs $(OUT) --model '$(MODEL)' --tbt '$(TBT_P99)' --ttft '$(TTFT_P50)' \
+		--qps '$(QPS)' $(if $(TRACE),--trace $(TRACE))
+
+.PHONY: capacity
+capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices
+	@$(PY) -m analysis.paper_capacity $(if $(TRACE),--trace $(TRACE))
+
+.PHONY: check-advice
+check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
+	@$(PY) -m analysis.check_advice --testbed $(TESTBED) --runs $(OUT) $(if $(MODEL),--model $(MODEL))
+
 .PHONY: bench
-bench: setup ## speed of our loop against a bare loop over vLLM; switched against fresh chunk sizes
-	@$(PY) -m experiments.bench
+bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
+	@$(PY) -m experiments.bench_sim $(TRACE)
+	@$(if $(filter core,$(ENGINE)),,$(PY) -m experiments.bench)
 
 # -- developing ----------------------------------------------------------------------------------------------------
 .PHONY: test
 test: $(VENV)/dev.stamp ## all tests, the real engine on the CPU included
 	@$(PY) -m pytest $(PYTEST)
 
+.PHONY: torture
+torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left
+	@PYTHONPATH=. $(PY) tests/torture.py --kills $(or $(KILLS),200)
+
+.PHONY: flips
+flips: $(VENV)/dev.stamp ## 1,000 random bit flips over whole bags: all found
+	@FLIPS=1000 $(PY) -m pytest tests/test_integrity.py -k flip
+
+.PHONY: test-image
+test-image: $(VENV)/dev.stamp ## the image, built and run on a stand-in base; installs docker by apt; needs root, about 9 min
+	@$(PY) -m pytest -p no:cacheprovider -v tests/image/check_image.py $(PYTEST)
+
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict, Makefile and shell linters
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@$(VENV)/bin/mbake validate Makefile
+	@$(VENV)/bin/shellcheck docker/*.sh .ci/run && $(VENV)/bin/hadolint --failure-threshold style docker/Dockerfile
 
-UV_COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-build --no-header --no-annotate \
+UV_COMPILE = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-build --no-header --no-annotate \
 	--python-version 3.11 --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
-TORCH_LINKS ?= $(TORCH_INDEX)/torch/
+# Where core.lock must have a wheel for everything: the simulator runs there.
+CORE_PLATFORMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-darwin x86_64-apple-darwin
+TORCH_LINKS ?= $(or $(PIP_FIND_LINKS),$(TORCH_INDEX)/torch/)
 
 .PHONY: lock
 lock: $(VENV)/dev.stamp ## renew the locks from pyproject.toml
-	UV_PYTHON_DOWNLOADS=never; export UV_PYTHON_DOWNLOADS
 	$(UV_COMPILE) --find-links $(TORCH_LINKS) --no-emit-package torch --extra cpu --extra dev pyproject.toml -o docker/dev.lock
 	$(UV_COMPILE) --find-links $(TORCH_LINKS) --no-emit-package torch --extra cpu -c docker/dev.lock pyproject.toml -o docker/cpu.lock
 	$(UV_COMPILE) -c docker/dev.lock pyproject.toml -o docker/core.lock
+	for platform in $(CORE_PLATFORMS); do for version in 3.11 3.14; do \
+		$(VENV)/bin/uv pip compile --quiet --no-build --python-platform $$platform --python-version $$version \
+			docker/core.lock >/dev/null; done; done
+	$(UV_COMPILE) -c docker/core.lock --extra cuda pyproject.toml -o docker/cuda.lock
+
+.PHONY: lock-check
+lock-check: lock ## renew the locks; an error if that changes one that is committed
+	@git diff --stat --exit-code -- 'docker/*.lock' || { echo "error: docker/*.lock: stale; commit what make lock made" >&2; exit 1; }
 
 .PHONY: clean
 clean: ## remove the environment, caches and unfinished trials; never a finished run
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .image .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf $(OUT)/*/open-* $(OUT)/*/.seal-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
