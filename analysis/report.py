@@ -10,13 +10,14 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from analysis.load import find_runs, load_run
-from analysis.views import VIEWS, View
+from analysis.views import VIEWS, View, schedule_view
 from experiments.provenance import ROOT, sha256
 from experiments.spec import SpecError, command
 from experiments.store import write_whole
@@ -57,7 +58,10 @@ def draw(judged: Mapping[str, Any], found: Mapping[str, list[Path]], report: Pat
         if digests.get(bag.name) != sha256(bag / "tagmanifest-sha256.txt"):
             raise SpecError(f"{name}: {bag.name} is not what was judged; run make verify again")
     make = VIEWS.get(str(run.trials[0].facts["kind"])) if run.trials else None
-    return make(run, report / name) if make else None
+    if make is None:
+        return None
+    view = make(run, report / name)
+    return replace(view, explanations=(*view.explanations, *schedule_view(run, report / name)))
 
 
 def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,11 +55,15 @@ def published_errors(table: pd.DataFrame) -> str:
     )
 
 
+def _spread(run: Run) -> str:
+    return f"median and range of {run.replicates} replicate{'s'[: run.replicates > 1]}"
+
+
 def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
     """Print the table of Figure 9a with its testbed and scale."""
     for model, rows in table.groupby("model", sort=False):
         panel = "" if rows["in_paper"].iloc[0] else ", a panel the paper does not have"
-        console.print(f"\n{run.title}\n{model}, median and range of {run.replicates} replicates{panel}", soft_wrap=True)
+        console.print(f"\n{run.title}\n{model}, {_spread(run)}{panel}", soft_wrap=True)
         view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in ("prompt", "chunk size", "prefill ms", "relative", "published"):
             view.add_column(name, justify="right")
@@ -101,7 +105,7 @@ def _chunk_order(label: str) -> float:
 def show_serving(run: Run, table: pd.DataFrame, console: Console) -> None:
     """Print the table of Figure 9b with its testbed, scale and trace."""
     for model, rows in table.groupby("model", sort=False):
-        console.print(f"\n{run.title}\n{model}, median and range of {run.replicates} replicates", soft_wrap=True)
+        console.print(f"\n{run.title}\n{model}, {_spread(run)}", soft_wrap=True)
         view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in ("QPS", "run at", "chunk", "P50 TTFT ms", "P99 TBT ms", "delay ms", "busy"):
             view.add_column(name, justify="right", no_wrap=True)

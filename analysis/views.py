@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import plots, plots_serving
+from analysis import plots, plots_schedule, plots_serving
 from analysis.load import Run, TrialRecord
 from analysis.summary import prefill_table, serving_table
 from experiments.metrics import of_phase, point_phase
@@ -230,6 +230,22 @@ def _trial_words(trial: TrialRecord) -> str:
         f"{len(record.steps)} steps of {milliseconds.median():.3g} ms (median), at most {milliseconds.max():.3g} ms; "
         f"at most {max(waiting, default=0)} requests waiting."
     )
+
+
+SCHEDULE_CAPTION = (
+    "Each bar is a session: one engine process with one model and seed. White: when and where make planned it, from the "
+    "simulator where a calibration describes the machine. Grey: when and where it ran, loading included."
+)
+
+
+def schedule_view(run: Run, path: Path) -> tuple[Picture, ...]:
+    """Draw planned against actual to PATH-schedule.svg; nothing for a run that was simulated in one process."""
+    tables = plots_schedule.compared(run)
+    if not tables:
+        return ()
+    figure, words = plots_schedule.schedule_figure(run, tables), plots_schedule.in_words(tables)
+    alt = f"{run.title}. Schedule: {words}."
+    return (_picture(figure, path.with_name(f"{path.name}-schedule"), alt, f"{SCHEDULE_CAPTION} {words}.", ("svg",)),)
 
 
 VIEWS: dict[str, Callable[[Run, Path], View]] = {"prefill": prefill_view, "serving": serving_view}  # by the kind of a figure

@@ -1,173 +1,94 @@
-"""Places sessions with Ray and brings their records back. Ray runs sessions; it never runs a step."""
+"""Runs sessions on the nodes of a Ray cluster and brings their records back. Ray runs sessions; it never runs a step.
+
+Records come back trial by trial, so no shared file system is needed and the driver holds one of them at a time.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from experiments import gpus
+from experiments import gpus, worker
 from experiments.expand import Session
-from experiments.session import TrialResult, run_session
-from experiments.spec import EngineSettings, SpecError
+from experiments.local_ray import ray_cluster as ray_cluster  # again, for who runs sessions
+from experiments.placement import Node, Place, choose_machines, longest_first, take
+from experiments.provenance import machine
+from experiments.session import TrialResult
 from experiments.workload import Trace
 
-ATTEMPTS = 3  # a session that dies is started again for the trials it still owes, at most this often in all
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
-QUIET |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a minute otherwise, until a run notices that Ray's server is gone
+ATTEMPTS = 3  # a trial, or the loading of an engine, in which a session dies so often is given up
+ASK_S = 60.0  # in which a node must say what it is
+REFRESH_S = 5.0  # between two looks at which nodes there are
+SUSPECT_S = 20.0  # a node on which a session died is left alone for as long as others can take it: it may be going
+PATIENCE_S = 60.0  # in which nodes may come back when no node can hold what is left
+
+Work = Callable[[Session, Sequence[str], Trace | None], Iterator[TrialResult | None]]
 
 
-LOAD_S, GRACE_S = 900.0, 120.0  # a session that gives nothing for so long, or for a trial's time limit and so much, is hung
+@dataclass(frozen=True)
+class Report:
+    """Where results and words go: a finished trial; a line for people; the log of what died, its name and text."""
 
-SWEEPER = """
-import shutil, sys, time, psutil
-driver, folder = int(sys.argv[1]), sys.argv[2]
-sys.stdin.read()  # ends when the driver has ended, however it did
-for _ in range(50):
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != driver and any(file.path.startswith(folder) for file in process.open_files()):
-                left.append(process)
-                process.kill()
-        except (psutil.Error, OSError):
-            pass
-    if not left:
-        break
-    time.sleep(0.1)
-shutil.rmtree(folder, ignore_errors=True)
-"""
+    store: Callable[[TrialResult], None]
+    say: Callable[[str], None]
+    log: Callable[[str, str], object] = lambda _name, _text: None
 
 
-@contextlib.contextmanager
-def _sweeper(folder: str) -> Iterator[None]:
-    """A process that outlives the driver, kill -9 included, and then ends whatever is left of its Ray; folder and all.
-
-    Left alone, Ray's agents stay for more than a minute after their node is gone. They are known by the logs that they write in
-    the folder: their titles overwrite their environment. A sweeper that is killed is replaced.
-    """
-    command = [sys.executable, "-c", SWEEPER, str(os.getpid()), folder]
-    theirs, ours = os.pipe()
-    closing = threading.Event()
-
-    def keep() -> None:
-        while True:
-            subprocess.Popen(command, stdin=theirs, start_new_session=True).wait()
-            if closing.is_set():
-                return
-
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        closing.set()
-        os.close(ours)
-        keeper.join(60)
-        os.close(theirs)
+def machine_type() -> str:
+    """The type of the machine that this runs on."""
+    return str(machine()["type"])
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends, however that ends."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
+class Fleet:
+    """The nodes that are there: their types, what is free of them, which of them are not to be trusted for a while."""
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    def __init__(self, ray: Any, say: Callable[[str], None]) -> None:
+        self._ray, self._say = ray, say
+        self._names: dict[str, str] = {}
+        self._suspects: dict[str, float] = {}
+        self.nodes: list[Node] = []
+        self.refresh()
 
+    def refresh(self) -> None:
+        """Drop nodes that are gone, add those that came."""
+        alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
+        self.nodes = [node for node in self.nodes if node.id in alive]
+        new = sorted(set(alive) - {node.id for node in self.nodes})
+        for key, kind in self._types(new).items():
+            name = self._names.setdefault(key, f"node-{len(self._names) + 1}")
+            self.nodes.append(Node(key, name, kind, alive[key]["Resources"]))
 
-def _work(session: Session, owed: Sequence[str], trace: Trace | None) -> Iterator[TrialResult]:
-    from experiments.vllm_engine import VllmEngine  # imported here: the driver needs neither vLLM nor torch
+    def _types(self, ids: Sequence[str]) -> dict[str, str]:
+        """Types of machines; a node that does not answer is left out. A Ray that was started here is this machine."""
+        if not os.environ.get("RAY_ADDRESS"):
+            return dict.fromkeys(ids, machine_type())
+        ask = self._ray.remote(num_cpus=0, max_retries=0)(machine_type)
+        asked = {ask.options(scheduling_strategy=_on(key)).remote(): key for key in ids}
+        found = {}
+        for answer in self._ray.wait([*asked], num_returns=len(asked), timeout=ASK_S)[0] if asked else ():
+            try:
+                found[asked[answer]] = self._ray.get(answer)
+            except self._ray.exceptions.RayError as error:
+                self._say(f"a node was left out: it does not say what it is ({_reason(error)})")
+        return found
 
-    _die_with_parent()
+    def suspect(self, node: Node) -> None:
+        """Something died there."""
+        self._suspects[node.id] = time.monotonic() + SUSPECT_S
 
-    def make(settings: EngineSettings) -> VllmEngine:
-        engine = VllmEngine(settings)
-        engine.check()
-        return engine
+    def take(self, session: Session, machine: str) -> Place | None:
+        """See placement.take; suspects only where nobody else could ever hold the session."""
+        calm = [node for node in self.nodes if self._suspects.get(node.id, 0.0) < time.monotonic()]
+        trusted = any(node.wants(session) for node in calm if node.machine == machine)
+        return take(session, calm if trusted else self.nodes, machine)
 
-    yield from watched(run_session(session, owed, make, trace), LOAD_S, session.time_limit_s + GRACE_S)
-
-
-def watched(results: Iterator[TrialResult], first_s: float, each_s: float) -> Iterator[TrialResult]:
-    """The same results, but the process ends if the first takes more than first_s + each_s, or another more than each_s.
-
-    faulthandler's watchdog is a thread of C: it ends a process that hangs inside a kernel, too.
-    """
-    with Path(os.devnull).open("w") as nowhere:
-        faulthandler.dump_traceback_later(first_s + each_s, exit=True, file=nowhere)
-        try:
-            for result in results:
-                faulthandler.cancel_dump_traceback_later()
-                yield result
-                faulthandler.dump_traceback_later(each_s, exit=True, file=nowhere)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-
-@contextlib.contextmanager
-def ray_cluster() -> Iterator[Any]:
-    """Ray, started for this run and stopped with it, or the cluster of RAY_ADDRESS. Raises SpecError if that is not there."""
-    os.environ.update(QUIET)
-    import ray
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    address = os.environ.get("RAY_ADDRESS")
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if not address:
-            folder = tempfile.mkdtemp(prefix="chunked-ray-")
-            stack.enter_context(_sweeper(folder))
-        _start(ray, address, folder)
-        stack.callback(ray.shutdown)
-        for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
-            signal.signal(number, handler)
-        yield ray
-
-
-def _start(ray: Any, address: str | None, folder: str | None) -> None:
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-        else:
-            ray.init(
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                object_store_memory=256 * 2**20,
-                resources=gpus.resources(),
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
-            )
-    except (ConnectionError, ValueError) as error:
-        raise SpecError(f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there ({type(error).__name__})") from None
-
-
-def _options(session: Session, ray: Any, place: Sequence[str]) -> dict[str, Any]:
-    """What a session asks of Ray: the GPUs of its place, or a whole CPU node, so that none disturbs another."""
-    from experiments.vllm_engine import environment
-
-    options: dict[str, Any] = {
-        "name": f"{session.figure}/{session.name}",
-        "num_returns": "streaming",
-        "max_retries": 0,
-        "runtime_env": {"env_vars": environment(session.engine)},
-    }
-    if session.engine.platform == "cuda":
-        # nvidia-smi counts by PCI bus, CUDA by speed unless told. Ray leaves the variable alone as no GPU is asked of it.
-        visible = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus.devices(place)}
-        options["runtime_env"]["env_vars"] |= visible
-        return options | {"num_gpus": 0, "num_cpus": session.engine.tensor_parallel, "resources": dict.fromkeys(place, 1)}
-    return options | {"num_cpus": max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])}
+    def fits(self, session: Session, machine: str) -> bool:
+        """Whether any node could hold the session, were it idle."""
+        return any(node.wants(session) for node in self.nodes if node.machine == machine)
 
 
 def run_sessions(
@@ -175,65 +96,149 @@ def run_sessions(
     sessions: Sequence[Session],
     owed: Mapping[str, Sequence[str]],
     trace: Trace | None,
-    store: Callable[[TrialResult], None],
-    say: Callable[[str], None],
+    report: Report,
+    fleet: Fleet | None = None,
+    machines: Mapping[str, str] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    work: Work | None = None,
 ) -> dict[str, str]:
-    """Run what is owed, storing each record as it comes, saying what goes wrong. Returns session -> reason for what could not
-    be run."""
-    failed: dict[str, str] = {}
-    remote = ray.remote(max_calls=1)(_work)  # a fresh process each time: one engine, one process
-    left = {session.name: list(owed[session.name]) for session in sessions if owed.get(session.name)}
-    shared = ray.put(trace)
-    by_name = {session.name: session for session in sessions}
-    attempts = dict.fromkeys(left, 1)
-    total = ray.cluster_resources()
-    free = dict(total)
-    choices = {name: _places(by_name[name], total) for name in left}
-    waiting = list(left)
-    running: dict[Any, str] = {}
-    taken: dict[str, tuple[str, ...]] = {}
+    """Run what is owed (session -> trials), storing each record as it comes, longest session first.
 
-    def start(name: str) -> Any:
-        options = _options(by_name[name], ray, taken[name])
-        return remote.options(**options).remote(by_name[name], tuple(left[name]), shared)
+    machines: model -> type of machine, chosen here if not given. seconds: session -> duration, else the sessions' estimates.
+    work: what a session's process does, experiments.worker.work if not given.
+    Returns session, or session/trial -> reason for what could not be run. Raises SpecError for a session that no node could
+    hold, before any is started.
+    """
+    due = [session for session in sessions if owed.get(session.name)]
+    fleet = fleet or Fleet(ray, report.say)
+    seconds = seconds or {session.name: session.estimate_s for session in due}
+    machines = machines or choose_machines(due, seconds, fleet.nodes, {})
+    crew = _Crew(ray, fleet, machines, trace, report, work or worker.work)
+    return crew.run(longest_first(due, seconds), {session.name: list(owed[session.name]) for session in due})
 
-    heard = time.monotonic()  # of any session
-    while waiting or running:
-        for name in tuple(waiting):  # in the order given: longest first
-            place = gpus.take(choices[name], free)
-            if place is not None:
-                waiting.remove(name)
-                taken[name] = place
-                running[start(name)] = name
-        ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-        stream = ready[0]
-        name = running[stream]
-        try:
-            result = ray.get(next(stream))
-            store(result)
-            left[name].remove(result.trial)
-        except StopIteration:
-            del running[stream]
-        except ray.exceptions.RayError as error:
-            del running[stream]
-            silent = time.monotonic() - heard
-            reason = _reason(error) + (f"; hung, no result in {silent:.0f} s" if silent > by_name[name].time_limit_s else "")
-            if attempts[name] < ATTEMPTS:
-                attempts[name] += 1
-                say(f"{name} died ({reason}); attempt {attempts[name]} of {ATTEMPTS} for its {len(left[name])} trials left")
-                waiting.insert(0, name)
+
+class _Crew:
+    """The sessions at work: which wait, which run where, what each still owes, how often it died and in what."""
+
+    def __init__(
+        self, ray: Any, fleet: Fleet, machines: Mapping[str, str], trace: Trace | None, report: Report, work: Work
+    ) -> None:
+        self._ray, self._fleet, self._machines, self._report = ray, fleet, machines, report
+        self._remote = ray.remote(max_calls=1)(work)  # a fresh process each time: one engine, one process
+        self._trace = ray.put(trace)
+        self._running: dict[Any, tuple[Session, Place]] = {}
+        self._loaded: set[str] = set()
+        self._deaths: Counter[tuple[str, str]] = Counter()
+        self._heard: dict[str, float] = {}
+        self._failed: dict[str, str] = {}
+
+    def run(self, waiting: list[Session], left: dict[str, list[str]]) -> dict[str, str]:
+        self._waiting, self._left = waiting, left
+        refreshed = stuck = time.monotonic()
+        while self._waiting or self._running:
+            for session in tuple(self._waiting):
+                if place := self._fleet.take(session, self._machines[session.model]):
+                    self._waiting.remove(session)
+                    self._running[self._start(session, place)] = session, place
+            if self._running:
+                ready, _ = self._ray.wait([*self._running], num_returns=1, timeout=REFRESH_S, fetch_local=False)
+                for stream in ready:
+                    self._hear(stream)
+                stuck = time.monotonic()
             else:
-                failed[name] = f"{len(left[name])} trials missing after {ATTEMPTS} attempts: {reason}"
-        heard = time.monotonic()
-        if stream not in running:
-            for resource in taken.pop(name):
-                free[resource] += 1
-    return failed
+                time.sleep(1.0)
+            if time.monotonic() - refreshed > REFRESH_S:
+                self._fleet.refresh()
+                refreshed = time.monotonic()
+            if refreshed - stuck > PATIENCE_S:
+                self._give_up()
+        return self._failed
+
+    def _start(self, session: Session, place: Place) -> Any:
+        options = options_of(session, place)
+        self._loaded.discard(session.name)
+        self._heard[session.name] = time.monotonic()
+        return self._remote.options(**options).remote(session, tuple(self._left[session.name]), self._trace)
+
+    def _hear(self, stream: Any) -> None:
+        """Take what a session has to give: that it is loaded, a result, its end, its death."""
+        session, place = self._running[stream]
+        try:
+            result = self._ray.get(next(stream))
+        except StopIteration:
+            self._end(stream)
+        except self._ray.exceptions.RayError as error:
+            self._end(stream)
+            self._died(session, place.node, error)
+        else:
+            self._heard[session.name] = time.monotonic()
+            if result is None:
+                self._loaded.add(session.name)
+                return
+            result.facts["node"] = place.node.name
+            self._report.store(result)
+            self._left[session.name].remove(result.trial)
+
+    def _end(self, stream: Any) -> None:
+        self._running.pop(stream)[1].give_back()
+
+    def _died(self, session: Session, node: Node, error: Exception) -> None:
+        """Start it again for what it owes, without the trial in which it died too often."""
+        name, left, silent = session.name, self._left[session.name], time.monotonic() - self._heard[session.name]
+        reason = _reason(error) + (f"; hung, no result in {silent:.0f} s" if silent > session.time_limit_s else "")
+        self._report.log(name, str(error))
+        self._fleet.suspect(node)
+        self._fleet.refresh()
+        trial = left[0] if name in self._loaded and left else ""
+        self._deaths[name, trial] += 1
+        if (deaths := self._deaths[name, trial]) < ATTEMPTS:
+            where = "" if node in self._fleet.nodes else f"; {node.name} is lost"
+            again = f"attempt {deaths + 1} of {ATTEMPTS} for its {len(left)} trials left"
+            self._report.say(f"{name} died ({reason}{where}); {again}")
+        elif trial:
+            self._failed[f"{name}/{left.pop(0)}"] = f"the session died in it {ATTEMPTS} times: {reason}"
+        else:
+            self._failed[name] = f"{len(left)} trials missing after {ATTEMPTS} attempts to start: {reason}"
+            left.clear()
+        if left:
+            self._waiting.insert(0, session)
+
+    def _give_up(self) -> None:
+        """What waits although nothing runs, for so long that no node will come for it."""
+        for session in self._waiting:
+            left = self._left[session.name]
+            kind = self._machines[session.model]
+            self._failed[session.name] = f"{len(left)} trials missing: no node of type {kind} with room for it is left"
+        self._waiting.clear()
 
 
-def _places(session: Session, total: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """Where a session may run: GPUs by tensor-parallel size; on CPUs anywhere, Ray decides."""
-    return gpus.places(session.engine.tensor_parallel, total) if session.engine.platform == "cuda" else [()]
+def options_of(session: Session, place: Place) -> dict[str, Any]:
+    """What a session asks of Ray: what it takes of its node, and that node."""
+    from experiments.vllm_engine import environment
+
+    variables = environment(session.engine)
+    if session.engine.platform == "cuda":
+        # nvidia-smi counts by PCI bus, CUDA by speed unless told. Ray leaves the variable alone as no GPU is asked of it.
+        variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus.devices(place.takes)}
+    own = {name: amount for name, amount in place.takes.items() if name not in ("CPU", "memory")}
+    return {
+        "name": f"{session.figure}/{session.name}",
+        "num_returns": "streaming",
+        "max_retries": 0,
+        "num_cpus": place.takes["CPU"],
+        "num_gpus": 0,
+        "memory": int(place.takes["memory"]),
+        "resources": own,
+        "runtime_env": {"env_vars": variables},
+        "scheduling_strategy": _on(place.node.id),
+        "_generator_backpressure_num_objects": 2,
+    }
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -68,44 +68,53 @@ def simulated_saturation(session: Session, trial: Trial, trace: Trace) -> float:
     return saturation_throughput(of_phase(record, point_phase(roles)))
 
 
-def run_seconds(
+Seconds = dict[str, dict[str, float]]  # session -> trial -> seconds; the engine's loading is the trial LOAD
+LOAD = "load"
+
+
+def session_seconds(
     figure: Figure,
     testbed: Testbed,
     replicates: int | None,
     measured: Mapping[str, float],
     owed: Mapping[str, Collection[str]],
     trace: Trace | None,
-) -> tuple[float, str]:
-    """Seconds of the owed trials (session -> names), one session after the other, and what that rests on.
+) -> tuple[Seconds, str]:
+    """Seconds of the owed trials (session -> names), and what that rests on.
 
     Simulated where a calibration describes the machine, the saturation that `measured` does not hold yet included; where none
     does, or it does not cover a step, a guess from the testbed's rough figures.
     """
     if testbed.platform == "simulated":
-        sessions, basis = expand(figure, testbed, replicates), "to simulate"
-        return sum(_guess(s, [t for t in s.trials if t.name in owed.get(s.name, ())]) for s in sessions), basis
+        sessions = [session for session in expand(figure, testbed, replicates) if session.name in owed]
+        return {session.name: _guess(session, owed[session.name]) for session in sessions}, "to simulate"
     first = [calibrated(session) for session in saturation_sessions(figure, testbed)]
-    rates, total, found, known = dict(measured), 0.0, set[str](), dict[tuple[str, object], float]()
+    rates, bases, known = dict(measured), set[str](), dict[tuple[str, object], float]()
     for session in first:
         if trace and session.engine.calibration and session.model not in rates:
             with suppress(SpecError):
                 rates[session.model] = simulated_saturation(session, session.trials[0], trace)
+    found: Seconds = {}
     for session in (*first, *map(calibrated, expand(figure, testbed, replicates, rates))):
         trials = [trial for trial in session.trials if trial.name in owed.get(session.name, ())]
+        if not trials:
+            continue
         keys = [(session.model, trial.points[0] if trace else len(trial.points)) for trial in trials]  # seeds differ little
         try:
             for key, trial in zip(keys, trials, strict=True):
                 known[key] = known[key] if key in known else simulated_trial_seconds(session, trial, trace)
         except SpecError:
-            total, found = total + _guess(session, trials), found | {f"a guess for {session.model}"}
+            found[session.name] = _guess(session, owed[session.name])
+            bases.add(f"a guess for {session.model}")
         else:
-            total += (testbed.estimate.load_s if trials else 0.0) + sum(known[key] for key in keys)
-            found |= {f"{Path(str(session.engine.calibration)).stem}, simulated"} if trials else set()
-    return total, "; ".join(sorted(found))
+            own = {trial.name: known[key] for key, trial in zip(keys, trials, strict=True)}
+            found[session.name] = {LOAD: testbed.estimate.load_s, **own}
+            bases.add(f"{Path(str(session.engine.calibration)).stem}, simulated")
+    return found, "; ".join(sorted(bases))
 
 
-def _guess(session: Session, trials: Sequence[Trial]) -> float:
-    return session.estimate_s * len(trials) / len(session.trials)
+def _guess(session: Session, owed: Collection[str]) -> dict[str, float]:
+    return dict.fromkeys(owed, session.estimate_s / len(session.trials))
 
 
 def load_fractions(trace: Trace, testbed_name: str = "a100-sim") -> dict[str, list[float]]:

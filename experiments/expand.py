@@ -74,6 +74,7 @@ class Session:
     trials: tuple[Trial, ...] = field(repr=False)
     time_limit_s: float = 10800.0  # of a trial, the original's three hours
     estimate_s: float = 0.0
+    memory_gib: float = 0.0  # that it takes of its node
 
 
 def expand(
@@ -196,6 +197,7 @@ def _session(
         trials=trials,
         time_limit_s=testbed.serving.time_limit_s if testbed.serving else limit,
         estimate_s=_estimate(trials, testbed),
+        memory_gib=testbed.session_memory_gib,
     )
 
 

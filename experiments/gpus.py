@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from experiments.cost_model import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
 from experiments.provenance import gpus
@@ -55,31 +55,19 @@ def resources() -> dict[str, float]:
 
 
 def places(tensor_parallel: int, total: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """The sets of Ray resources that a session of this tensor-parallel size may take. Raises SpecError if there is none."""
-    if not any(name.startswith(GPU) for name in total):
-        raise SpecError('Ray: no GPU is declared; start each node with: ray start --resources="$(python -m experiments.gpus)"')
-    if tensor_parallel == 1:
-        return [(name,) for name in sorted(total) if name.startswith(GPU)]
+    """The sets of a node's Ray resources that a session of this tensor-parallel size may take; empty if there is none.
+
+    One GPU, those in no pair first; or a pair joined by NVLink with both its GPUs. Larger sizes have no place.
+    """
     pairs = [name for name in sorted(total) if name.startswith(PAIR)]
-    if tensor_parallel != 2 or not pairs:
-        raise SpecError(
-            f"GPUs: tensor parallel size {tensor_parallel} needs a pair joined by NVLink; nvidia-smi topo -m shows none"
-        )
-    return [(name, *(GPU + number for number in name.removeprefix(PAIR).split("-"))) for name in pairs]
+    both = {name: tuple(GPU + number for number in name.removeprefix(PAIR).split("-")) for name in pairs}
+    if tensor_parallel == 1:
+        paired = {gpu for members in both.values() for gpu in members}
+        return [(name,) for name in sorted(total, key=lambda name: (name in paired, name)) if name.startswith(GPU)]
+    return [(name, *both[name]) for name in pairs] if tensor_parallel == 2 else []
 
 
-def take(choices: Sequence[tuple[str, ...]], free: dict[str, float]) -> tuple[str, ...] | None:
-    """The first choice that is free, taken off `free`; None if all are busy. A GPU in no pair goes before one in a pair."""
-    paired = {GPU + number for name in free if name.startswith(PAIR) for number in name.removeprefix(PAIR).split("-")}
-    for names in sorted(choices, key=lambda names: len(names) == 1 and names[0] in paired):
-        if all(free.get(name, 0) >= 1 for name in names):
-            for name in names:
-                free[name] -= 1
-            return names
-    return None
-
-
-def devices(names: Sequence[str]) -> str:
+def devices(names: Iterable[str]) -> str:
     """CUDA_VISIBLE_DEVICES of a session that took these resources."""
     return ",".join(name.removeprefix(GPU) for name in names if name.startswith(GPU))
 

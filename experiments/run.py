@@ -4,124 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import doctor
-from experiments.cost_model import CALIBRATIONS
-from experiments.estimate import run_seconds
-from experiments.expand import SATURATION, Session, expand, saturation_sessions
-from experiments.gpus import check_gpu_memory
-from experiments.metrics import of_phase, point_phase, saturation_throughput
-from experiments.provenance import ROOT, commit, identity, sbom, sha256
+from experiments.placement import Node, makespan
+from experiments.plan import Plan, local_node
+from experiments.provenance import ROOT, sbom
 from experiments.session import TrialResult, run_session
 from experiments.simulator import simulated_engine
-from experiments.spec import FIGURES, TESTBEDS, Figure, ServingFigure, SpecError, Testbed, load_figure
-from experiments.store import Run, read_trial, to_json
-from experiments.workload import Trace, choose_trace
+from experiments.spec import SpecError
+from experiments.store import to_json
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-def spec_path(name: str, folder: Path) -> Path:
-    """The file behind a figure's or testbed's name."""
-    return Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-
-
-class Plan:
-    """A figure on a testbed, with what is done and what is owed."""
-
-    def __init__(
-        self, figure_name: str, testbed_name: str, replicates: int | None, out: Path, trace: str | None = None
-    ) -> None:
-        self.figure: Figure = load_figure(figure_name)
-        self.testbed: Testbed
-        self.testbed, self.reason = doctor.choose_testbed(testbed_name, out)
-        self.replicates = replicates
-        self.figure_path = spec_path(figure_name, FIGURES)
-        self.testbed_path = spec_path(testbed_name if testbed_name != "auto" else self.testbed.testbed, TESTBEDS)
-        self.trace: Trace | None = None
-        if isinstance(self.figure, ServingFigure):
-            self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
-        inputs = {"trace": self.trace.sha256} if self.trace else {}
-        if self.testbed.platform == "simulated":
-            names = sorted(set((self.testbed.calibrations or {}).values()))
-            inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in names}
-        made_of = identity(self.figure_path, self.testbed_path, inputs)
-        self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", made_of)
-        self.saturation = saturation_sessions(self.figure, self.testbed)
-        self.measured: dict[str, float] = {}  # model -> saturation throughput, requests per second
-        self.sessions = self.expand()
-        self.memory: dict[str, str] = {}
-        if self.testbed.platform == "cuda":
-            for session in self.sessions:
-                self.memory[session.model] = check_gpu_memory(session.engine, self.testbed.requires.gpu_memory_gib)
-
-    def expand(self) -> list[Session]:
-        """The sessions; those that measure the saturation throughput come apart, first."""
-        for session in self.saturation:
-            if path := self.run.find(session.name, SATURATION):
-                facts, record = read_trial(path)
-                self.measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
-        return expand(self.figure, self.testbed, self.replicates, self.measured)
-
-    def owed(self) -> dict[str, list[str]]:
-        """Session -> trials that are not there yet."""
-        done = self.run.complete()
-        every = [*self.saturation, *self.sessions]
-        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in every}
-        return {name: trials for name, trials in missing.items() if trials}
-
-    def seconds(self, owed: dict[str, list[str]]) -> tuple[float, str]:
-        """Duration of what is owed, one session after the other, and what that rests on."""
-        return run_seconds(self.figure, self.testbed, self.replicates, self.measured, owed, self.trace)
-
-    def describe(self) -> dict[str, Any]:
-        """The plan as data: what the run will be, for people's scripts and for the bag."""
-        return {
-            "figure": self.figure.figure,
-            "title": self.figure.title,
-            "testbed": self.testbed.testbed,
-            "testbed_title": self.testbed.title,
-            "platform": self.testbed.platform,
-            "scale": self.testbed.scale,
-            "identity": self.run.identity,
-            "commit": commit(),
-            "may_preempt": self.testbed.may_preempt,
-            "requires": asdict(self.testbed.requires),
-            "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
-            "sessions": {s.name: [t.name for t in s.trials] for s in (*self.saturation, *self.sessions)},
-            "not_run": [p.model for p in self.figure.panels if p.model not in self.testbed.models],
-        }
-
-    def __str__(self) -> str:
-        owed = self.owed()
-        seconds, basis = self.seconds(owed)
-        trials = sum(len(s.trials) for s in (*self.saturation, *self.sessions))
-        per_model = Counter(s.model for s in self.sessions)
-        lines = [
-            f"figure    {self.figure.figure}: {self.figure.title}",
-            f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
-            *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in per_model.items()),
-            *(f"model     {model}: not on this testbed" for model in self.describe()["not_run"]),
-            *([f"trace     {self.trace.name} ({self.trace.kind}, {len(self.trace.prompt):,} requests)"] if self.trace else []),
-            *(f"memory    {model}: {line}" for model, line in self.memory.items()),
-            f"trials    {trials} in all, {sum(map(len, owed.values()))} to run",
-            f"estimate  {seconds / 60:.1f} min of compute ({basis}), {trials * 0.05:.1f} MB of disk; nothing to attend to",
-            f"outputs   {self.run.folder}",
-        ]
-        return "\n".join(lines)
 
 
 class Ticker:
@@ -176,30 +81,43 @@ def execute(plan: Plan) -> int:
         for name, reason in failed.items():
             console.print(f"missing: {name}: {reason}")
         if failed:
-            console.print("the run is incomplete; the same command runs what is missing")
+            logs = "".join(f"; what they said: {path}" for path in sorted(plan.run.folder.glob("died-*.log")))
+            console.print(f"the run is incomplete; the same command runs what is missing{logs}")
             return 1
         console.print(f"sealed {_seal(plan)}")
     return 0
 
 
 def _run_owed(plan: Plan, owed: dict[str, list[str]]) -> dict[str, str]:
-    """Saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray."""
-    with Ticker(plan.figure.figure, sum(map(len, owed.values())), plan.seconds(owed)[0]) as ticker:
+    """Run it, saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray."""
+    seconds, _ = plan.seconds(owed)
+    totals, trials = {name: sum(own.values()) for name, own in seconds.items()}, sum(map(len, owed.values()))
+    if plan.testbed.platform == "simulated":
+        with Ticker(plan.figure.figure, trials, sum(totals.values())) as ticker:
+            return _simulate(plan, owed, partial(_store, plan, ticker))
+    from experiments.cluster import Fleet, Report, ray_cluster, run_sessions
 
-        def store(result: TrialResult) -> None:
-            plan.run.write_trial(result.session, result.trial, result.facts, result.record)
-            ticker.tick(f"{result.session} {result.trial}")
-
-        if plan.testbed.platform == "simulated":
-            return _simulate(plan, owed, store)
-        from experiments.cluster import ray_cluster, run_sessions
-
-        failed = {}
-        with ray_cluster() as ray:
+    with ray_cluster() as ray:
+        fleet = Fleet(ray, console.print)
+        schedule = plan.schedule(fleet.nodes, seconds)
+        if len(fleet.nodes) > 1:
+            console.print(f"cluster   {len(fleet.nodes)} nodes; {makespan(schedule.slots) / 60:.1f} min on them")
+        plan.run.note_schedule({"planned": datetime.now(UTC).isoformat(timespec="milliseconds"), **asdict(schedule)})
+        with Ticker(plan.figure.figure, trials, makespan(schedule.slots)) as ticker:
+            report = Report(partial(_store, plan, ticker), console.print, plan.run.write_log)
+            run = partial(run_sessions, ray, owed=owed, trace=plan.trace, report=report, fleet=fleet,
+                          machines=schedule.machines, seconds=totals)  # fmt: skip
+            failed = run(sessions=plan.saturation)
+            if failed:
+                return failed
             if any(session.name in owed for session in plan.saturation):
-                failed = run_sessions(ray, plan.saturation, owed, plan.trace, store, console.print)
                 plan.sessions = plan.expand()
-            return failed or run_sessions(ray, plan.sessions, owed, plan.trace, store, console.print)
+            return run(sessions=plan.sessions)
+
+
+def _store(plan: Plan, ticker: Ticker, result: TrialResult) -> None:
+    plan.run.write_trial(result.session, result.trial, result.facts, result.record)
+    ticker.tick(f"{result.session} {result.trial}")
 
 
 def _simulate(plan: Plan, owed: dict[str, list[str]], store: Callable[[TrialResult], None]) -> dict[str, str]:
@@ -223,9 +141,11 @@ def _seal(plan: Plan) -> str:
         "sbom.cdx.json": to_json(sbom()),
         "settings.json": to_json({s.name: asdict(s.engine) for s in (*plan.saturation, *plan.sessions)}),
     }
+    if plan.run.schedules():
+        documents["schedules.json"] = to_json(plan.run.schedules())
     if facts:
         times = [stamp for fact in facts for stamp in (fact["started"], fact["ended"])]
-        listed = [*files, "plan.json", "sbom.cdx.json", "settings.json"]
+        listed = [*files, *(name for name in documents if name.endswith(".json"))]
         documents["ro-crate-metadata.json"] = describe_run(described, listed, times, facts[0]["engine"])
     info = {
         "Bagging-Date": datetime.now(UTC).date().isoformat(),
@@ -234,6 +154,16 @@ def _seal(plan: Plan) -> str:
     }
     bag = plan.run.seal(documents, info)
     return str(bag or plan.run.bags()[-1])
+
+
+def _nodes(plan: Plan) -> list[Node]:
+    """The cluster at hand: that of RAY_ADDRESS, else this machine."""
+    if plan.testbed.platform == "simulated" or not os.environ.get("RAY_ADDRESS"):
+        return [local_node()]
+    from experiments.cluster import Fleet, ray_cluster
+
+    with ray_cluster() as ray:
+        return Fleet(ray, console.print).nodes
 
 
 def _interrupted(_signal: int, _frame: object) -> None:
@@ -259,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(doctor.report(options.out))
             return 0
         plan = Plan(options.figure, options.testbed, options.replicates, options.out, options.trace)
-        console.print(str(plan))
+        console.print(plan.text(_nodes(plan) if options.plan else ()))
         return 0 if options.plan else execute(plan)
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -73,6 +73,17 @@ def warm_up(session: Session) -> list[Phase]:
     ]
 
 
+def start_engine(session: Session, make_engine: Callable[[EngineSettings], Engine]) -> Engine:
+    """The session's engine, loaded and warm."""
+    engine = make_engine(session.engine)
+    try:
+        engine.run(warm_up(session), session.time_limit_s)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
 def run_session(
     session: Session,
     owed: Collection[str],
@@ -80,10 +91,13 @@ def run_session(
     trace: Trace | None = None,
 ) -> Iterator[TrialResult]:
     """Run the trials named in `owed`, in the session's order. Yields each result as soon as it is there."""
+    yield from run_trials(session, owed, start_engine(session, make_engine), trace)
+
+
+def run_trials(session: Session, owed: Collection[str], engine: Engine, trace: Trace | None) -> Iterator[TrialResult]:
+    """The same on an engine that is started; it is closed at the end."""
     process = uuid.uuid4().hex[:12]
-    engine = make_engine(session.engine)
     try:
-        engine.run(warm_up(session), session.time_limit_s)
         for trial in session.trials:
             if trial.name not in owed:
                 continue

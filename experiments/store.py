@@ -143,6 +143,20 @@ class Run:
         _sync_folder(target.parent)
         return target
 
+    def schedules(self) -> list[dict[str, Any]]:
+        """What note_schedule noted of the open run, oldest first."""
+        return [json.loads(path.read_text()) for path in sorted(self.open.glob("schedule-*.json"))]
+
+    def note_schedule(self, schedule: Mapping[str, Any]) -> None:
+        """Keep the plan that a driver starts with; the run that it resumes has others before it."""
+        self.open.mkdir(parents=True, exist_ok=True)
+        write_whole(self.open / f"schedule-{len(self.schedules()) + 1:03}.json", to_json(schedule))
+
+    def write_log(self, session: str, text: str) -> None:
+        """Keep what a session said when it died, beside the trials; no part of the bag."""
+        with (self.folder / f"died-{session}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{text.rstrip()}\n\n")
+
     def seal(self, documents: Mapping[str, str], info: Mapping[str, str]) -> Path | None:
         """Seal the open trials as a bag and return it; None if there are none. `documents`: further payload, name -> text."""
         import bagit

@@ -48,12 +48,12 @@ def load_sessions(base: Session, loads: Sequence[Load], seconds: float, max_tota
 
 def serve_loads(sessions: Sequence[Session], trace: Trace, say: Callable[[str], None]) -> list[tuple[Load, Record]]:
     """Serve them, saying what goes wrong; each load with the record of its measured phase. Raises SpecError if one fails."""
-    from experiments.cluster import ray_cluster, run_sessions
+    from experiments.cluster import Report, ray_cluster, run_sessions
 
     results: list[TrialResult] = []
     owed = {session.name: [trial.name for trial in session.trials] for session in sessions}
     with ray_cluster() as ray:
-        failed = run_sessions(ray, sessions, owed, trace, results.append, say)
+        failed = run_sessions(ray, sessions, owed, trace, Report(results.append, say))
     if failed:
         raise SpecError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     found = []

@@ -35,7 +35,7 @@ def environment(settings: EngineSettings) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -97,6 +97,14 @@ def cuda_devices() -> list[str]:
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
+def _register(architecture: str) -> None:
+    """Give vLLM the class of the model. Left alone it looks at the class in a process of its own, as looking might start CUDA;
+    without a GPU that only costs 10 s, on every machine once for each architecture."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
 class VllmEngine:
     """experiments.engine.Engine over vLLM. Raises EngineError where a measurement could not be trusted."""
 
@@ -111,6 +119,8 @@ class VllmEngine:
         self._model_dir = tempfile.TemporaryDirectory(prefix="model-")
         (Path(self._model_dir.name) / "config.json").write_text(json.dumps(config))
         started = time.perf_counter()
+        if settings.platform == "cpu":
+            _register(config["architectures"][0])
         self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, self._model_dir.name)))
         self._load_s = time.perf_counter() - started
         self._core = self._engine.engine_core.engine_core

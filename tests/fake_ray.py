@@ -18,7 +18,7 @@ from typing import Any
 
 from fakes import FakeEngine
 
-from experiments import cluster, vllm_engine
+from experiments import vllm_engine, worker
 from experiments.engine import Phase, Record
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -55,7 +55,7 @@ class FaultyEngine(FakeEngine):
 def work(task: Callable[..., Iterator[Any]], arguments: Sequence[Any], pipe: Any) -> None:
     """The worker process."""
     vllm_engine.VllmEngine = FaultyEngine  # type: ignore[assignment,misc]
-    cluster.LOAD_S, cluster.GRACE_S = 1.0, float(os.environ.get("GRACE", cluster.GRACE_S))
+    worker.GRACE_S = float(os.environ.get("GRACE", worker.GRACE_S))
     with contextlib.suppress(BrokenPipeError):
         try:
             for result in task(*arguments):
@@ -116,7 +116,6 @@ def ray_cluster() -> Iterator[Any]:
         put=lambda value: value,
         wait=lambda streams, **_options: (streams[:1], streams[1:]),
         get=get,
-        cluster_resources=lambda: {"CPU": 2.0},
-        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}],
+        nodes=lambda: [{"Alive": True, "NodeID": "a" * 56, "Resources": {"CPU": 2.0, "memory": 2.0**40}}],
         exceptions=SimpleNamespace(RayError=RayError),
     )

@@ -80,8 +80,13 @@ def test_a_worker_that_always_dies_is_given_up_and_the_next_call_runs_what_is_mi
     monkeypatch.setenv("FAULT", "always")
     assert main([*SMOKE, str(out)]) == 1
     printed = capsys.readouterr().out
-    assert "missing: mistral-7b-seed42: 3 trials missing after 3 attempts: RayError: RuntimeError: the step failed" in printed
-    assert printed.endswith("the run is incomplete; the same command runs what is missing\n")
+    assert (
+        "missing: mistral-7b-seed42: 3 trials missing after 3 attempts to start: RayError: RuntimeError: the step failed"
+        in printed
+    )
+    last = printed.splitlines()[-1]
+    assert last.startswith("the run is incomplete; the same command runs what is missing; what they said: ")
+    assert Path(last.rsplit(": ", 1)[1]).read_text().count("the step failed") == 3
     assert not find_runs(out)
     monkeypatch.setenv("FAULT", "none")
     assert main([*SMOKE, str(out)]) == 0
@@ -94,10 +99,11 @@ def test_what_was_finished_before_a_fault_survives_it_to_the_byte(
     monkeypatch.setattr(cluster, "ATTEMPTS", 1)
     assert main([*SMOKE, str(out)]) == 1
     before = trials(out)
-    assert names(before) == {"pass-0"}
+    assert names(before) == {"pass-0", "pass-0-repeat"}, "the trial that fails holds up the others"
+    assert "missing: mistral-7b-seed42/pass-1: the session died in it 1 times: " in capsys.readouterr().out
     assert main([*SMOKE, str(out)]) == 0
     assert before.items() <= trials(out).items()
-    assert "3 in all, 2 to run" in capsys.readouterr().out
+    assert "3 in all, 1 to run" in capsys.readouterr().out
 
 
 # -- faults of the disk: a real file system of its own -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from experiments import doctor, gpus
 from experiments.expand import expand
 from experiments.gpus import check_gpu_memory, gpu_memory_gib
+from experiments.local_ray import node_command
 from experiments.spec import SpecError, load_figure, load_testbed
 
 # As printed on a server with four A100 PCIe cards and two NVLink bridges, a network card included.
@@ -90,39 +92,38 @@ def test_resources_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(gpus.resources()) == {"gpu-0", "gpu-1", "gpu-3", "nvlink-1-3"}
 
 
-def test_a_session_takes_both_of_a_pair_and_a_small_one_a_gpu_that_breaks_none() -> None:
-    total = dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "nvlink-0-2"), 1.0)
-    free = dict(total)
-    single, double = gpus.places(1, total), gpus.places(2, total)
-    first = gpus.take(single, free)
-    assert first == ("gpu-1",)
-    both = gpus.take(double, free)
-    assert both == ("nvlink-0-2", "gpu-0", "gpu-2")
-    assert gpus.devices(both) == "0,2"
-    assert gpus.take(double, free) is None
-    assert gpus.take(single, free) is None
-    assert gpus.take([()], free) == ()  # a session on CPUs asks for nothing of this
+@pytest.mark.usefixtures("four_cards")
+def test_a_node_declares_its_gpus_and_pairs() -> None:
+    head, node = node_command(None), node_command("first:6379")
+    assert "--head" in head
+    assert "--address=first:6379" in node
+    for command in (head, node):
+        declared = next(word for word in command if word.startswith("--resources=")).removeprefix("--resources=")
+        assert json.loads(declared) == gpus.resources()
+        assert command[-1] == "--block"
 
 
-def test_without_gpus_or_nvlink_the_error_says_what_to_do() -> None:
-    with pytest.raises(SpecError, match="ray start --resources"):
-        gpus.places(1, {"CPU": 8.0, "GPU": 2.0})
-    with pytest.raises(SpecError, match="needs a pair joined by NVLink"):
-        gpus.places(2, {"gpu-0": 1.0, "gpu-1": 1.0})
+def test_places_are_single_gpus_outside_of_pairs_first_or_whole_pairs() -> None:
+    total = dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "nvlink-0-2"), 1.0) | {"CPU": 8.0}
+    assert gpus.places(1, total) == [("gpu-1",), ("gpu-0",), ("gpu-2",)]
+    assert gpus.places(2, total) == [("nvlink-0-2", "gpu-0", "gpu-2")]
+    assert gpus.places(4, total) == gpus.places(2, {"gpu-0": 1.0, "gpu-1": 1.0}) == gpus.places(1, {"GPU": 2.0}) == []
+    assert gpus.devices(("nvlink-0-2", "gpu-0", "gpu-2")) == "0,2"
 
 
 @pytest.mark.usefixtures("four_cards")
 def test_ray_gives_a_session_the_pair_it_took() -> None:
     pytest.importorskip("vllm")
-    from experiments.cluster import _options, ray_cluster
+    from experiments.cluster import Fleet, options_of, ray_cluster
 
     sessions = {s.model: s for s in expand(load_figure("fig9a"), load_testbed("a100"), replicates=1)}
+    session = dataclasses.replace(sessions["yi-34b-200k"], memory_gib=0.1)
     with ray_cluster() as ray:
-        total = ray.cluster_resources()
-        free = dict(total)
-        place = gpus.take(gpus.places(2, total), free)
+        fleet = Fleet(ray, print)
+        place = fleet.take(session, fleet.nodes[0].machine)
         assert place is not None
-        options = _options(sessions["yi-34b-200k"], ray, place) | {"num_returns": 1}
+        options = options_of(session, place) | {"num_returns": 1}
+        del options["_generator_backpressure_num_objects"]
         seen = ray.remote(lambda: {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")})
         assert ray.get(seen.options(**options).remote()) == {"CUDA_VISIBLE_DEVICES": "0,2", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 

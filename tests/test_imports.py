@@ -14,8 +14,8 @@ NOTHING_OF_OURS = {"experiments.spec", "experiments.engine", "experiments.proven
 ONLY_IN = {
     "vllm": {"experiments.vllm_engine"},
     "torch": {"experiments.vllm_engine"},
-    "ray": {"experiments.cluster"},
-    "matplotlib": {"analysis.plots", "analysis.plots_serving", "analysis.plots_validate", "analysis.plots_capacity"},
+    "ray": {"experiments.cluster", "experiments.local_ray"},
+    "matplotlib": {f"analysis.plots{part}" for part in ("", "_serving", "_validate", "_capacity", "_schedule")},
 }
 MAY_START_RUNS = {"analysis.recommend", "analysis.validate", "analysis.check_advice"}
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import bagit
 import pytest
 
-from experiments import run as run_module
 from experiments.provenance import ROOT
 from experiments.run import main
 from experiments.spec import load_testbed
-from experiments.store import read_trial
+from experiments.store import Run, read_trial
 
 SIM = ("--testbed", "a100-sim")
 
@@ -123,16 +122,16 @@ def test_killed_at_random_moments_the_same_command_completes(tmp_path: Path) -> 
 def test_an_interruption_keeps_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run_module.Run.write_trial
+    whole = Run.write_trial
     written: list[str] = []
 
-    def interrupted(self: run_module.Run, session: str, trial: str, *rest: object) -> Path:
+    def interrupted(self: Run, session: str, trial: str, *rest: object) -> Path:
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(trial)
         return whole(self, session, trial, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_module.Run, "write_trial", interrupted)
+    monkeypatch.setattr(Run, "write_trial", interrupted)
     assert main(["fig9a", *SIM, "--replicates", "1", "--out", str(tmp_path)]) == 130
     assert "the same command resumes" in capsys.readouterr().err
     monkeypatch.undo()

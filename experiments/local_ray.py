@@ -1,0 +1,127 @@
+"""Ray for a run: started here and swept afterwards, or joined. Whoever needs Ray gets it from here.
+
+`python -m experiments.local_ray` (`make node`) makes this machine a node of a cluster, and stays until it is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments import gpus
+from experiments.spec import PACKAGE, SpecError
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
+QUIET |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a minute otherwise, until a run notices that Ray's server is gone
+
+PORT = 6379  # Ray's default
+
+SWEEPER = """
+import shutil, sys, time, psutil
+driver, folder = int(sys.argv[1]), sys.argv[2]
+sys.stdin.read()  # ends when the driver has ended, however it did
+for _ in range(50):
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != driver and any(file.path.startswith(folder) for file in process.open_files()):
+                left.append(process)
+                process.kill()
+        except (psutil.Error, OSError):
+            pass
+    if not left:
+        break
+    time.sleep(0.1)
+shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+@contextlib.contextmanager
+def _sweeper(folder: str) -> Iterator[None]:
+    """A process that outlives the driver, kill -9 included, and then ends whatever is left of its Ray; folder and all.
+
+    Left alone, Ray's agents stay for more than a minute after their node is gone. They are known by the logs that they write in
+    the folder: their titles overwrite their environment. A sweeper that is killed is replaced.
+    """
+    command = [sys.executable, "-c", SWEEPER, str(os.getpid()), folder]
+    theirs, ours = os.pipe()
+    closing = threading.Event()
+
+    def keep() -> None:
+        while True:
+            subprocess.Popen(command, stdin=theirs, start_new_session=True).wait()
+            if closing.is_set():
+                return
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        os.close(ours)
+        keeper.join(60)
+        os.close(theirs)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Any]:
+    """Ray, started for this run and stopped with it, or the cluster of RAY_ADDRESS. Raises SpecError if that is not there."""
+    os.environ.update(QUIET)
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    address = os.environ.get("RAY_ADDRESS")
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if not address:
+            folder = tempfile.mkdtemp(prefix="chunked-ray-")
+            stack.enter_context(_sweeper(folder))
+        _start(ray, address, folder)
+        stack.callback(ray.shutdown)
+        for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
+            signal.signal(number, handler)
+        yield ray
+
+
+def _start(ray: Any, address: str | None, folder: str | None) -> None:
+    try:
+        if address:
+            # The nodes need the environment, not this checkout: the code travels with the job.
+            code = {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}
+            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=code)
+        else:
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=256 * 2**20,
+                resources=gpus.resources(),
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+    except (ConnectionError, ValueError) as error:
+        raise SpecError(f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there ({type(error).__name__})") from None
+
+
+def node_command(address: str | None) -> list[str]:
+    """`ray start` for this machine with its GPUs and NVLink pairs: a node of the cluster at that address, else a head."""
+    where = ["--head", f"--port={PORT}", "--include-dashboard=true"] if not address else [f"--address={address}"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    return [ray, "start", *where, f"--resources={json.dumps(gpus.resources())}", "--disable-usage-stats", "--block"]
+
+
+if __name__ == "__main__":
+    os.environ.update(QUIET)
+    command = node_command(os.environ.pop("RAY_ADDRESS", None))
+    os.execv(command[0], command)
