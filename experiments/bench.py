@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +30,22 @@ LOOP_TARGET = 1.01  # engine time in our loop / in a bare loop over the same eng
 
 
 def engine_process(pipe: Connection, settings: EngineSettings) -> None:
-    """Child process: one engine that answers (budget, prompt tokens, bare loop?) with (seconds, tokens of each step).
+    """Child process: _serve_jobs, in which what libraries say on standard error is shown only if the engine dies."""
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            _serve_jobs(pipe, settings)
+        except BaseException:
+            said.seek(0)
+            os.write(real, said.read()[-4000:])
+            raise
+        finally:
+            os.dup2(real, 2)
+
+
+def _serve_jobs(pipe: Connection, settings: EngineSettings) -> None:
+    """One engine that answers (budget, prompt tokens, bare loop?) with (seconds, tokens of each step).
 
     A job of phases is answered with their record, an empty job with the engine's facts.
     """
