@@ -21,12 +21,13 @@ IN ?= $(if $(filter-out 0,$(HAS_GPU)),$(if $(HAS_DOCKER),docker,host),host)##   
 DOCKER ?= docker##   docker or podman
 TARGET ?= cuda##   the image: cuda or cpu
 GPUS ?= $(if $(filter cuda,$(TARGET)),--gpus all)##     how a container gets the GPUs; CDI and podman: --device nvidia.com/gpu=all
-SHM ?= $(if $(filter cuda,$(TARGET)),--ipc=host,--shm-size=1g)##      its shared memory
+SHM ?= $(if $(filter cuda,$(TARGET))$(RAY_ADDRESS),--ipc=host,--shm-size=1g)##      its shared memory; the host's with RAY_ADDRESS
 ULIMITS ?= $(if $(filter cuda,$(TARGET)),--ulimit memlock=-1 --ulimit stack=67108864)##  its limits
 NETWORK ?= $(if $(RAY_ADDRESS),host,none)##  its network; default: none, host with RAY_ADDRESS
 SOURCE ?= unpublished##  URL of the repository, for the image's labels
 USER_FLAGS ?= --user $(shell id -u):$(shell id -g)##  its user, who owns the outputs; rootless podman: --userns=keep-id
 RAY_ADDRESS ?=##  a Ray cluster to join, HOST:6379; default: one of its own, on this machine
+RAY_TEMP ?= /tmp/ray##  where a node in the image keeps what it shares with drivers on its machine
 RUN_FLAGS ?=##    more flags for docker run, such as a mount with weights
 BUILD_FLAGS ?=##  more flags for docker build
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
@@ -78,7 +79,7 @@ preflight: $(BUILT)
 ifneq ($(filter test test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS OUT TRACE BAG
+export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS RAY_TEMP OUT TRACE BAG
 ifneq ($(RAY_ADDRESS),)
 export RAY_ADDRESS
 endif
@@ -161,10 +162,13 @@ report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, ta
 
 .PHONY: node
 node: NETWORK := host
-node: RUN_FLAGS += --volume /tmp/ray:/tmp/ray
+node: SHM := --ipc=host
 node: setup ## make this machine a node of a Ray cluster: the first one, or one of that at RAY_ADDRESS; docs/cluster.md
-	@mkdir -p /tmp/ray
 	@$(PY) -m experiments.local_ray
+
+.PHONY: pictures
+pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into docs/, by headless Chromium
+	@PYTHONPATH=. $(PY) tests/screenshots.py
 
 .PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve

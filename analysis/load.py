@@ -160,13 +160,14 @@ def load_run(bags: list[Path]) -> Run:
 
 
 def differing(run: Run) -> list[str]:
-    """Conditions in which a model's trials differ although they must not, as 'key: value, value'."""
+    """Conditions in which a model's trials differ although they must not, as 'model: key: value, value'."""
     found = []
-    for key in MUST_MATCH:
-        section, name = key.split(".")
-        values = {str(trial.facts[section].get(name)) for trial in run.trials}
-        if len(values) > 1:
-            found.append(f"{key}: {', '.join(sorted(values))}")
+    for model in run.models:
+        for key in MUST_MATCH:
+            section, name = key.split(".")
+            values = {str(trial.facts[section].get(name)) for trial in run.trials if trial.facts["model"] == model}
+            if len(values) > 1:
+                found.append(f"{model}: {key}: {', '.join(sorted(values))}")
     return found
 
 

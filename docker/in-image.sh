@@ -19,9 +19,10 @@ for file in "${TRACE:-}" "${BAG:-}"; do
 done
 
 variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")
-if [[ -n ${RAY_ADDRESS:-} ]]; then
-    variables+=(--env "RAY_ADDRESS=$RAY_ADDRESS")
-    [[ ! -d /tmp/ray || $* == *experiments.local_ray* ]] || mount /tmp/ray # the sockets of this machine's node
+[[ -z ${RAY_ADDRESS:-} ]] || variables+=(--env "RAY_ADDRESS=$RAY_ADDRESS")
+if [[ -n ${RAY_ADDRESS:-} || $* == *" experiments.local_ray"* ]]; then # a node's sockets, for drivers on its machine
+    mkdir -p "${RAY_TEMP:=/tmp/ray}"
+    mounts+=(--mount "type=bind,source=$(realpath "$RAY_TEMP"),target=/tmp/ray")
 fi
 if commit=$(git rev-parse HEAD 2>/dev/null); then # the container has no git history
     [[ -z $(git status --porcelain) ]] || commit+=-dirty

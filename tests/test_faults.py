@@ -197,7 +197,9 @@ def test_nothing_is_timed_with_the_wall_clock(path: Path) -> None:
 SLOW_TO_STOP = """
 import contextlib, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from experiments import cluster, run
+from experiments.plan import local_node
 
 @contextlib.contextmanager
 def ray_cluster():
@@ -208,11 +210,12 @@ def ray_cluster():
         time.sleep(1.5)
         Path(sys.argv[1], "stopped").write_text("")
 
-def run_sessions(*_):
+def run_sessions(*_, **__):
     print("running", flush=True)
     time.sleep(60)
 
 cluster.ray_cluster, cluster.run_sessions = ray_cluster, run_sessions
+cluster.Fleet = lambda *_: SimpleNamespace(nodes=[local_node()])
 sys.exit(run.main(["smoke", "--testbed", "cpu", "--out", sys.argv[1]]))
 """
 

@@ -14,7 +14,7 @@ from fakes import FakeEngine, ScriptedEngine, StepCost, serving_run, synthetic_r
 
 from analysis import gates, integrity
 from analysis.claims import load_claims, published_verdict
-from analysis.load import Run, TrialRecord
+from analysis.load import Run, TrialRecord, differing
 from analysis.verify import decide, overall, verify
 from experiments.engine import Record
 from experiments.expand import expand
@@ -396,3 +396,18 @@ def test_runs_of_different_code_are_not_mixed(copied: Path) -> None:
     result_json = verify(copied)
     assert result_json["runs"][0]["aside"] == [f"{bag.name} differs in experiments"]
     assert isinstance(result.record, Record)
+
+
+def test_a_model_on_two_types_of_machine_is_named_and_two_models_on_one_each_are_not() -> None:
+    run = synthetic_run(GOOD, replicates=2)
+    first = run.models[0]
+
+    def moved(trial: TrialRecord, where: str) -> TrialRecord:
+        return dataclasses.replace(trial, facts={**trial.facts, "machine": {**trial.facts["machine"], "type": where}})
+
+    apart = dataclasses.replace(run, trials=tuple(moved(t, "A" if t.facts["model"] == first else "B") for t in run.trials))
+    assert len(run.models) == 2
+    assert differing(apart) == []
+    mixed = change(apart, lambda trial: moved(trial, "C"))
+    (named,) = differing(mixed)
+    assert named.endswith("machine.type: A, C") or named.endswith("machine.type: B, C")

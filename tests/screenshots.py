@@ -1,0 +1,81 @@
+"""`make pictures`: both figures of the last runs and screenshots of the report into docs/, by headless Chromium.
+
+The page is also watched: no line on its console, no request but for the file itself. Installs Debian's chromium by apt where it
+is missing (needs root then).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from experiments.provenance import ROOT
+
+REPORT, DOCS = ROOT / "artifacts" / "report", ROOT / "docs"
+FIGURES = ("fig9a-cpu", "fig9b-cpu")
+SCREENS = {"report": (1100, 1500), "report-phone": (412, 1100)}  # CSS pixels
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-default-browser-check"]
+
+
+def chromium() -> str:
+    """Its path, installed if need be."""
+    if not shutil.which("chromium"):
+        for command in (
+            ["update", "-qq"],
+            ["install", "-y", "-qq", "--no-install-recommends", "chromium", "fonts-dejavu-core"],
+        ):
+            subprocess.run(["apt-get", *command], check=True, stdout=subprocess.DEVNULL)
+    return str(shutil.which("chromium"))
+
+
+def screenshot(page: Path, target: Path, size: tuple[int, int]) -> list[str]:
+    """Take it, and return what a reader must not meet: console messages, requests for anything but the page, a page too wide."""
+    with tempfile.TemporaryDirectory(prefix="chromium-") as folder:
+        log = Path(folder) / "net.json"
+        command = [chromium(), *QUIET, f"--user-data-dir={folder}/profile", f"--window-size={size[0]},{size[1]}"]
+        command += ["--enable-logging=stderr", f"--log-net-log={log}", f"--screenshot={target}", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        found = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        asked = set(re.findall(r'"url":\s*"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
+    return [*found, *sorted(f"request: {url}" for url in asked)]
+
+
+def overflow(page: Path, width: int) -> list[str]:
+    """Whether the page is wider than a phone's screen, as its own layout says."""
+    script = "<script>document.title = document.documentElement.scrollWidth</script>"
+    with tempfile.TemporaryDirectory(prefix="chromium-") as folder:
+        probe = Path(folder) / "probe.html"
+        text = page.read_text().replace("default-src 'none'", "default-src 'unsafe-inline'")
+        probe.write_text(text.replace("</body>", f"{script}</body>"))
+        command = [chromium(), *QUIET, f"--user-data-dir={folder}/profile", f"--window-size={width},1000", "--dump-dom"]
+        dom = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    wide = int(re.search(r"<title>(\d+)</title>", dom)[1])  # type: ignore[index]
+    return [f"the page is {wide} pixels wide on a screen of {max(width, 500)}"] if wide > max(width, 500) else []
+
+
+def main() -> int:
+    """Exit status 0; 1 if the page asks for something, says something or is too wide; 2 without a report."""
+    page = REPORT / "index.html"
+    missing = [path for path in (page, *(REPORT / f"{name}.png" for name in FIGURES)) if not path.is_file()]
+    if missing:
+        print(f"error: {missing[0]}: no such file; make fig9a fig9b verify report makes it", file=sys.stderr)
+        return 2
+    for name in FIGURES:
+        shutil.copyfile(REPORT / f"{name}.png", DOCS / f"{name}.png")
+    found = []
+    for name, size in SCREENS.items():
+        found += screenshot(page, DOCS / f"{name}.png", size)
+    found += overflow(page, SCREENS["report-phone"][0])
+    print("\n".join(found) or f"{', '.join(f'docs/{name}.png' for name in (*FIGURES, *SCREENS))}; no message, no request")
+    print(json.dumps({name: (DOCS / f"{name}.png").stat().st_size for name in (*FIGURES, *SCREENS)}))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
