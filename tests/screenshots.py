@@ -35,7 +35,7 @@ def chromium() -> str:
 
 
 def screenshot(page: Path, target: Path, size: tuple[int, int]) -> list[str]:
-    """Take it, and return what a reader must not meet: console messages, requests for anything but the page, a page too wide."""
+    """Take it, and return what a reader must not meet: messages on the console, requests for anything but the page."""
     with tempfile.TemporaryDirectory(prefix="chromium-") as folder:
         log = Path(folder) / "net.json"
         command = [chromium(), *QUIET, f"--user-data-dir={folder}/profile", f"--window-size={size[0]},{size[1]}"]
