@@ -27,6 +27,7 @@ NETWORK ?= $(if $(RAY_ADDRESS),host,none)##  its network; default: none, host wi
 SOURCE ?= unpublished##  URL of the repository, for the image's labels
 USER_FLAGS ?= --user $(shell id -u):$(shell id -g)##  its user, who owns the outputs; rootless podman: --userns=keep-id
 RAY_ADDRESS ?=##  a Ray cluster to join, HOST:6379; default: one of its own, on this machine
+NODE_IP ?=##     in make node, this machine's address in the cluster; default: what Ray finds
 RAY_TEMP ?= /tmp/ray##  where a node in the image keeps what it shares with drivers on its machine
 RUN_FLAGS ?=##    more flags for docker run, such as a mount with weights
 BUILD_FLAGS ?=##  more flags for docker build
@@ -79,7 +80,7 @@ preflight: $(BUILT)
 ifneq ($(filter test test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS RAY_TEMP OUT TRACE BAG
+export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS RAY_TEMP NODE_IP OUT TRACE BAG
 ifneq ($(RAY_ADDRESS),)
 export RAY_ADDRESS
 endif

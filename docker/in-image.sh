@@ -20,6 +20,7 @@ done
 
 variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")
 [[ -z ${RAY_ADDRESS:-} ]] || variables+=(--env "RAY_ADDRESS=$RAY_ADDRESS")
+[[ -z ${NODE_IP:-} ]] || variables+=(--env "NODE_IP=$NODE_IP")
 if [[ -n ${RAY_ADDRESS:-} || $* == *" experiments.local_ray"* ]]; then # a node's sockets, for drivers on its machine
     mkdir -p "${RAY_TEMP:=/tmp/ray}"
     mounts+=(--mount "type=bind,source=$(realpath "$RAY_TEMP"),target=/tmp/ray")

@@ -117,6 +117,8 @@ def _start(ray: Any, address: str | None, folder: str | None) -> None:
 def node_command(address: str | None) -> list[str]:
     """`ray start` for this machine with its GPUs and NVLink pairs: a node of the cluster at that address, else a head."""
     where = ["--head", f"--port={PORT}", "--include-dashboard=true"] if not address else [f"--address={address}"]
+    if ip := os.environ.get("NODE_IP"):  # of a machine with several; Ray takes the one that leads to the internet
+        where.append(f"--node-ip-address={ip}")
     ray = str(Path(sys.executable).with_name("ray"))
     return [ray, "start", *where, f"--resources={json.dumps(gpus.resources())}", "--disable-usage-stats", "--block"]
 

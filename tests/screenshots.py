@@ -20,7 +20,11 @@ REPORT, DOCS = ROOT / "artifacts" / "report", ROOT / "docs"
 FIGURES = ("fig9a-cpu", "fig9b-cpu")
 SCREENS = {"report": (1100, 1500), "report-phone": (412, 1100)}  # CSS pixels
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+QUIET += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # whatever is asked for, nothing leaves the machine
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-default-browser-check"]
+
+
+OWN = re.compile(r"https?://[\w.-]+\.(google|googleapis|gvt1)\.com/")  # what Chromium asks for by itself, whatever the page
 
 
 def chromium() -> str:
@@ -43,7 +47,7 @@ def screenshot(page: Path, target: Path, size: tuple[int, int]) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         found = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         asked = set(re.findall(r'"url":\s*"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
-    return [*found, *sorted(f"request: {url}" for url in asked)]
+    return [*found, *sorted(f"request: {url}" for url in asked if not OWN.match(url))]
 
 
 def overflow(page: Path, width: int) -> list[str]:

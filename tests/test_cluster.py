@@ -38,9 +38,8 @@ from experiments.workload import Trace
 
 pytest.importorskip("vllm")
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.timeout(900), pytest.mark.engine]
-
 NODE_KILLS = int(os.environ.get("NODE_KILLS", "1"))
+pytestmark = [pytest.mark.timeout(600 + 120 * NODE_KILLS), pytest.mark.engine]
 NODES, LOAD_S = 4, 15.0
 GPUS = {"gpu-0": 1.0, "gpu-1": 1.0, "nvlink-0-1": 1.0}
 SMALL = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}

@@ -211,7 +211,9 @@ def test_a_run_joins_the_node_that_make_node_started(engine: Rig, checkout: Path
     shared = [flag for flag in FLAGS if not flag.startswith("SHM")]
     own = [word for word in command(engine) if word not in FLAGS] + [*shared, f"RAY_TEMP={checkout}/ray"]
     with (engine.folder / "node.log").open("wb") as log:
-        node = subprocess.Popen([*own, "node"], cwd=checkout, env=engine.env, stdout=log, stderr=log, start_new_session=True)
+        node = subprocess.Popen(
+            [*own, "node", "NODE_IP=127.0.0.1"], cwd=checkout, env=engine.env, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         said = engine.folder / "node.log"
         wait_for("the node", lambda: "Ray runtime started" in said.read_text() or node.poll() is not None, 60)
