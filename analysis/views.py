@@ -234,7 +234,8 @@ def _trial_words(trial: TrialRecord) -> str:
 
 SCHEDULE_CAPTION = (
     "Each bar is a session: one engine process with one model and seed. White: when and where make planned it, from the "
-    "simulator where a calibration describes the machine. Grey: when and where it ran, loading included."
+    "simulator where a calibration describes the machine. Grey: when and where it ran, from the loading of its engine on; its "
+    "process has started before."
 )
 
 
