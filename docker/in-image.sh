@@ -19,8 +19,9 @@ for file in "${TRACE:-}" "${BAG:-}"; do
 done
 
 variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")
-[[ -z ${RAY_ADDRESS:-} ]] || variables+=(--env "RAY_ADDRESS=$RAY_ADDRESS")
-[[ -z ${NODE_IP:-} ]] || variables+=(--env "NODE_IP=$NODE_IP")
+for name in RAY_ADDRESS RAY_AUTH_TOKEN NODE_IP; do
+    [[ -z ${!name:-} ]] || variables+=(--env "$name") # its value does not show in the process list
+done
 if [[ -n ${RAY_ADDRESS:-} || $* == *" experiments.local_ray"* ]]; then # a node's sockets, for drivers on its machine
     mkdir -p "${RAY_TEMP:=/tmp/ray}"
     mounts+=(--mount "type=bind,source=$(realpath "$RAY_TEMP"),target=/tmp/ray")

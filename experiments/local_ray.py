@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -77,11 +78,13 @@ def _sweeper(folder: str) -> Iterator[None]:
 def ray_cluster() -> Iterator[Any]:
     """Ray, started for this run and stopped with it, or the cluster of RAY_ADDRESS. Raises SpecError if that is not there."""
     os.environ.update(QUIET)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        authenticate()  # Ray reads it as it is imported
     import ray
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    address = os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
         folder = None
         if not address:
@@ -110,8 +113,15 @@ def _start(ray: Any, address: str | None, folder: str | None) -> None:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             )
-    except (ConnectionError, ValueError) as error:
-        raise SpecError(f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there ({type(error).__name__})") from None
+    except (ConnectionError, ValueError):
+        raise SpecError(
+            f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN"
+        ) from None
+
+
+def authenticate() -> None:
+    """Show the cluster RAY_AUTH_TOKEN, if there is one. Left to itself, Ray goes by what happens to lie in the home folder."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if os.environ.get("RAY_AUTH_TOKEN") else "disabled")
 
 
 def node_command(address: str | None) -> list[str]:
@@ -123,7 +133,22 @@ def node_command(address: str | None) -> list[str]:
     return [ray, "start", *where, f"--resources={json.dumps(gpus.resources())}", "--disable-usage-stats", "--block"]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Become the node. A head without RAY_AUTH_TOKEN makes one: whoever reaches a Ray cluster without may run what he likes."""
     os.environ.update(QUIET)
-    command = node_command(os.environ.pop("RAY_ADDRESS", None))
+    address = os.environ.pop("RAY_ADDRESS", None)
+    if not address and not os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    authenticate()
+    if not address:
+        ip = os.environ.get("NODE_IP") or "ADDRESS OF THIS MACHINE"
+        print(
+            f"on the others, and for runs: export RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']} RAY_ADDRESS={ip}:{PORT}",
+            flush=True,
+        )
+    command = node_command(address)
     os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

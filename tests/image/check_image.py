@@ -209,7 +209,11 @@ def test_smoke_without_network_under_any_uid(engine: Rig, checkout: Path, cpu_im
 def test_a_run_joins_the_node_that_make_node_started(engine: Rig, checkout: Path, cpu_image: str) -> None:
     """Two containers: a Ray head by make node, a driver that speaks to it; no Ray of the driver's own."""
     shared = [flag for flag in FLAGS if not flag.startswith("SHM")]
-    own = [word for word in command(engine) if word not in FLAGS] + [*shared, f"RAY_TEMP={checkout}/ray"]
+    own = [word for word in command(engine) if word not in FLAGS] + [
+        *shared,
+        f"RAY_TEMP={checkout}/ray",
+        "RAY_AUTH_TOKEN=" + "5" * 64,
+    ]
     with (engine.folder / "node.log").open("wb") as log:
         node = subprocess.Popen(
             [*own, "node", "NODE_IP=127.0.0.1"], cwd=checkout, env=engine.env, stdout=log, stderr=log, start_new_session=True
