@@ -195,7 +195,7 @@ def test_a_plan_shows_the_schedule_of_the_cluster(on: Rig, tmp_path: Path, capsy
 def test_nodes_killed_at_random_lose_and_double_nothing(on: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure, testbed = on.specs("killed", [2048, 4096], [512], 1.0, 1)
     engines(monkeypatch, 0.5, 1.0)
-    order = random.Random(7)
+    order = random.Random(int(os.environ.get("NODE_SEED", "7")))
     for number in range(NODE_KILLS):
         out = tmp_path / str(number)
         killer = threading.Timer(order.uniform(1.0, 15.0), on.kill, [order])
