@@ -86,10 +86,6 @@ class Fleet:
         trusted = any(node.wants(session) for node in calm if node.machine == machine)
         return take(session, calm if trusted else self.nodes, machine)
 
-    def fits(self, session: Session, machine: str) -> bool:
-        """Whether any node could hold the session, were it idle."""
-        return any(node.wants(session) for node in self.nodes if node.machine == machine)
-
 
 def run_sessions(
     ray: Any,
