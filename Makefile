@@ -21,14 +21,13 @@ IN ?= $(if $(filter-out 0,$(HAS_GPU)),$(if $(HAS_DOCKER),docker,host),host)##   
 DOCKER ?= docker##   docker or podman
 TARGET ?= cuda##   the image: cuda or cpu
 GPUS ?= $(if $(filter cuda,$(TARGET)),--gpus all)##     how a container gets the GPUs; CDI and podman: --device nvidia.com/gpu=all
-SHM ?= $(if $(filter cuda,$(TARGET))$(RAY_ADDRESS),--ipc=host,--shm-size=1g)##      its shared memory; the host's with RAY_ADDRESS
+SHM ?= $(if $(filter cuda,$(TARGET)),--ipc=host,--shm-size=1g)##      its shared memory
 ULIMITS ?= $(if $(filter cuda,$(TARGET)),--ulimit memlock=-1 --ulimit stack=67108864)##  its limits
 NETWORK ?= $(if $(RAY_ADDRESS),host,none)##  its network; default: none, host with RAY_ADDRESS
 SOURCE ?= unpublished##  URL of the repository, for the image's labels
 USER_FLAGS ?= --user $(shell id -u):$(shell id -g)##  its user, who owns the outputs; rootless podman: --userns=keep-id
 RAY_ADDRESS ?=##  a Ray cluster to join, HOST:6379; default: one of its own, on this machine
 NODE_IP ?=##     in make node, this machine's address in the cluster; default: what Ray finds
-RAY_TEMP ?= /tmp/ray##  where a node in the image keeps what it shares with drivers on its machine
 RUN_FLAGS ?=##    more flags for docker run, such as a mount with weights
 BUILD_FLAGS ?=##  more flags for docker build
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
@@ -59,6 +58,7 @@ LOCK = exec 9>.setup.lock; flock -n 9 || { \
 IMAGE := chunked-prefill:$(TARGET)
 BUILT := .image/$(TARGET).built
 export DOCKER_BUILDKIT = 1
+export PYTHONPATH := .
 
 .PHONY: image
 image: ## build the image of TARGET: cuda (about 30 min and 30 GB the first time) or cpu
@@ -80,7 +80,7 @@ preflight: $(BUILT)
 ifneq ($(filter test test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS RAY_TEMP NODE_IP OUT TRACE BAG
+export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS NODE_IP OUT TRACE BAG
 ifneq ($(RAY_ADDRESS),)
 export RAY_ADDRESS
 endif
@@ -155,7 +155,7 @@ package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference
 
 .PHONY: verify-study
 verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
-	@$(PY) -m analysis.study
+	@$(PY) tests/bench/study.py
 
 .PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
@@ -163,13 +163,12 @@ report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, ta
 
 .PHONY: node
 node: NETWORK := host
-node: SHM := --ipc=host
 node: setup ## make this machine a node of a Ray cluster: the first one, or one of that at RAY_ADDRESS; docs/cluster.md
 	@$(PY) -m experiments.local_ray
 
 .PHONY: pictures
 pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into docs/, by headless Chromium
-	@PYTHONPATH=. $(PY) tests/screenshots.py
+	@$(PY) tests/screenshots.py
 
 .PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
@@ -194,12 +193,12 @@ capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the
 
 .PHONY: check-advice
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
-	@$(PY) -m analysis.check_advice --testbed $(TESTBED) --runs $(OUT) $(if $(MODEL),--model $(MODEL))
+	@$(PY) tests/bench/check_advice.py --testbed $(TESTBED) --runs $(OUT) $(if $(MODEL),--model $(MODEL))
 
 .PHONY: bench
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
-	@$(PY) -m experiments.bench_sim $(TRACE)
-	@$(if $(filter core,$(ENGINE)),,$(PY) -m experiments.bench)
+	@$(PY) tests/bench/bench_sim.py $(TRACE)
+	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py)
 
 # -- developing ----------------------------------------------------------------------------------------------------
 .PHONY: test
@@ -208,7 +207,7 @@ test: $(VENV)/dev.stamp ## all tests, the real engine on the CPU included
 
 .PHONY: torture
 torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left
-	@PYTHONPATH=. $(PY) tests/torture.py --kills $(or $(KILLS),200)
+	@$(PY) tests/torture.py --kills $(or $(KILLS),200)
 
 .PHONY: torture-nodes
 torture-nodes: $(VENV)/dev.stamp ## 20 random kills of whole nodes of a local Ray cluster, about 10 min: nothing lost or doubled

@@ -19,13 +19,9 @@ for file in "${TRACE:-}" "${BAG:-}"; do
 done
 
 variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")
-for name in RAY_ADDRESS RAY_AUTH_TOKEN NODE_IP; do
+for name in RAY_ADDRESS RAY_AUTH_TOKEN NODE_IP PYTHONPATH; do
     [[ -z ${!name:-} ]] || variables+=(--env "$name") # its value does not show in the process list
 done
-if [[ -n ${RAY_ADDRESS:-} || $* == *" experiments.local_ray"* ]]; then # a node's sockets, for drivers on its machine
-    mkdir -p "${RAY_TEMP:=/tmp/ray}"
-    mounts+=(--mount "type=bind,source=$(realpath "$RAY_TEMP"),target=/tmp/ray")
-fi
 if commit=$(git rev-parse HEAD 2>/dev/null); then # the container has no git history
     [[ -z $(git status --porcelain) ]] || commit+=-dirty
     variables+=(--env "ARTIFACT_COMMIT=$commit")

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import nnls
 
-from experiments.bench import engines
 from experiments.calibrate import fit_error, rounded_profile, write
 from experiments.cost_model import (
     PAUSE_S,
@@ -29,7 +28,8 @@ from experiments.cost_model import (
     load_calibration,
 )
 from experiments.doctor import choose_testbed
-from experiments.engine import STEP_COLUMNS, Phase, Record, Request
+from experiments.engine import STEP_COLUMNS, Engine, Phase, Record, Request
+from experiments.engine_process import engines
 from experiments.estimate import HERE, made_on
 from experiments.expand import expand
 from experiments.provenance import ROOT, machine
@@ -198,11 +198,15 @@ def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
     return [phases[place] for place in draw.permutation(len(phases))]
 
 
+def _facts_and_record(engine: Engine, phases: Sequence[Phase]) -> tuple[int, Record]:
+    return engine.facts["block_size"], engine.run(phases, time_limit_s=600.0)
+
+
 def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE) -> Path:
     """Run the calibration's steps on a fresh engine, fit them, store the calibration; where it lies."""
     with engines([settings]) as (run,):
-        block_size = run()["block_size"]
-        steps, paused, loop = observed([run(*calibration_phases(settings, decoding))])
+        block_size, record = run(_facts_and_record, calibration_phases(settings, decoding))
+        steps, paused, loop = observed([record])
     name, here = f"{testbed}-{settings.model}", machine()["type"]
     source = f"{len(steps)} steps of vLLM on this machine ({here})"
     fitted = fit_records(steps, settings, name, f"{settings.model} on {here}", source, block_size)

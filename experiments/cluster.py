@@ -55,7 +55,8 @@ class Fleet:
 
     def refresh(self) -> None:
         """Drop nodes that are gone, add those that came."""
-        alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
+        # A driver's own node has no cores.
+        alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
         self.nodes = [node for node in self.nodes if node.id in alive]
         new = sorted(set(alive) - {node.id for node in self.nodes})
         for key, kind in self._types(new).items():

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from experiments import gpus
 from experiments.spec import PACKAGE, SpecError
 
@@ -25,6 +28,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "
 QUIET |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a minute otherwise, until a run notices that Ray's server is gone
 
 PORT = 6379  # Ray's default
+STORE_BYTES = 256 * 2**20  # for records on their way, at most a few MB each
 
 SWEEPER = """
 import shutil, sys, time, psutil
@@ -87,7 +91,7 @@ def ray_cluster() -> Iterator[Any]:
 
     with contextlib.ExitStack() as stack:
         folder = None
-        if not address:
+        if not address or not _node_here(address):
             folder = tempfile.mkdtemp(prefix="chunked-ray-")
             stack.enter_context(_sweeper(folder))
         _start(ray, address, folder)
@@ -97,26 +101,52 @@ def ray_cluster() -> Iterator[Any]:
         yield ray
 
 
+def _node_here(address: str) -> bool:
+    """Whether a node of that cluster is seen on this machine; one in another container is not."""
+    host, _, port = address.rpartition(":")
+    wanted = {f"--gcs-address={ip}:{port}" for ip in (host, "127.0.0.1")} if host not in ("127.0.0.1", "localhost") else set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet":
+            for word in process.info["cmdline"] or ():
+                if word in wanted or (not wanted and word.startswith("--gcs-address=") and word.endswith(f":{port}")):
+                    return True
+    return False
+
+
 def _start(ray: Any, address: str | None, folder: str | None) -> None:
     try:
         if address:
+            if folder:  # a driver speaks to the cluster through a node beside it: one of its own, on which nothing runs
+                _join(address, folder)
             # The nodes need the environment, not this checkout: the code travels with the job.
             code = {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}
-            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=code)
+            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=code, _temp_dir=folder)
         else:
             ray.init(
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",
-                object_store_memory=256 * 2**20,
+                object_store_memory=STORE_BYTES,
                 resources=gpus.resources(),
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             )
-    except (ConnectionError, ValueError):
+    except (OSError, ValueError):  # ConnectionError is one
         raise SpecError(
             f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN"
         ) from None
+
+
+def _join(address: str, folder: str) -> None:
+    """Make this driver's place a node of the cluster, without cores. Raises ConnectionError if no cluster answers there."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5):  # Ray would try for minutes
+        pass
+    command = [*_ray_start(f"--address={address}"), f"--temp-dir={folder}", "--num-cpus=0", "--num-gpus=0"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except subprocess.SubprocessError as error:
+        raise ConnectionError from error
 
 
 def authenticate() -> None:
@@ -127,10 +157,14 @@ def authenticate() -> None:
 def node_command(address: str | None) -> list[str]:
     """`ray start` for this machine with its GPUs and NVLink pairs: a node of the cluster at that address, else a head."""
     where = ["--head", f"--port={PORT}", "--include-dashboard=true"] if not address else [f"--address={address}"]
-    if ip := os.environ.get("NODE_IP"):  # of a machine with several; Ray takes the one that leads to the internet
-        where.append(f"--node-ip-address={ip}")
+    return [*_ray_start(*where), f"--resources={json.dumps(gpus.resources())}", "--block"]
+
+
+def _ray_start(*where: str) -> list[str]:
+    ip = os.environ.get("NODE_IP")  # of a machine with several; Ray takes the one that leads to the internet
+    own = [f"--node-ip-address={ip}"] if ip else []
     ray = str(Path(sys.executable).with_name("ray"))
-    return [ray, "start", *where, f"--resources={json.dumps(gpus.resources())}", "--disable-usage-stats", "--block"]
+    return [ray, "start", *where, *own, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
 
 
 def main() -> None:

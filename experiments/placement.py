@@ -143,8 +143,8 @@ def _impossible(session: Session, nodes: Sequence[Node], fixed: str | None) -> s
         if not any(gpus.places(parallel, node.total) for node in nodes):
             wanted = "a pair of GPUs joined by NVLink on one node; nvidia-smi topo -m shows none"
             return f"{name}: tensor parallel size {parallel} needs {wanted}"
-    most = max(node.total.get("memory", 0.0) for node in nodes) / GIB
-    cores = max(node.total.get("CPU", 0.0) for node in nodes)
+    most = max((node.total.get("memory", 0.0) for node in nodes), default=0.0) / GIB
+    cores = max((node.total.get("CPU", 0.0) for node in nodes), default=0.0)
     return f"{name}: got {most:.1f} GiB and {cores:g} cores at most; a session needs {session.memory_gib:g} GiB on one node"
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import bench_serve
 import psutil
 import pytest
+from bench import cpu_settings
+from bench_serve import Sample
 
-from experiments import bench_serve
-from experiments.bench import cpu_settings
-from experiments.bench_serve import Sample
 from experiments.provenance import ROOT
 from experiments.vllm_engine import EngineError
 from tests.fakes import FakeEngine
@@ -163,8 +164,8 @@ def test_no_orphans_when_the_parent_is_killed(fake_vllm: Path) -> None:
     script = f"""
 import json, os, signal
 from pathlib import Path
-from experiments import bench_serve
-from experiments.bench import cpu_settings
+import bench_serve
+from bench import cpu_settings
 folder = Path({str(fake_vllm)!r})
 with bench_serve.vllm_process(bench_serve.serving_settings(cpu_settings()), folder / "log") as process:
     print(json.dumps([str(folder / "a")]), file=process.stdin, flush=True)
@@ -172,7 +173,8 @@ with bench_serve.vllm_process(bench_serve.serving_settings(cpu_settings()), fold
     (folder / "pid").write_text(str(process.pid))
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -9
+    path = os.pathsep.join([os.environ["PYTHONPATH"], *sys.path])  # the fake comes first
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, env={**os.environ, "PYTHONPATH": path}).returncode == -9
     assert gone(int((fake_vllm / "pid").read_text()))
     assert gone(json.loads((fake_vllm / "a").read_text())["pid"])
 

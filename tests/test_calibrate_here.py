@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from experiments import calibrate_here, estimate
 from experiments.calibrate import write
 from experiments.cost_model import Calibration, CostModel, Jitter, Loop, Profile, ValidRange, attention_of, load_calibration
-from experiments.engine import STEP_COLUMNS, Phase, Record
+from experiments.engine import STEP_COLUMNS, Phase
 from experiments.simulator import SimulatedEngine
 from experiments.spec import EngineSettings, SpecError, load_testbed
 
@@ -41,13 +42,12 @@ KNOWN = Calibration(  # an engine like the real one on the CPU
 
 @contextmanager
 def known_engines(settings: list[EngineSettings]) -> Iterator[list[Any]]:
-    """Stands in for bench.engines: the known engine in this process."""
-    engine = SimulatedEngine(settings[0], KNOWN, seed=5)
+    """Stands in for engine_process.engines: the known engine in this process."""
+    yield [partial(_call, SimulatedEngine(settings[0], KNOWN, seed=5))]
 
-    def run(*phases: Phase) -> Record | dict[str, Any]:
-        return engine.run(phases, 600.0) if phases else dict(engine.facts)
 
-    yield [run]
+def _call(engine: SimulatedEngine, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(engine, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ ONLY_IN = {
     "ray": {"experiments.cluster", "experiments.local_ray"},
     "matplotlib": {f"analysis.plots{part}" for part in ("", "_serving", "_validate", "_capacity", "_schedule")},
 }
-MAY_START_RUNS = {"analysis.recommend", "analysis.validate", "analysis.check_advice"}
+MAY_START_RUNS = {"analysis.recommend", "analysis.validate"}
 
 
 def name_of(path: Path) -> str:

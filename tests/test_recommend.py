@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from check_advice import measured_capacity
 from rich.console import Console
 
 from analysis import paper_capacity, recommend
 from analysis.advice import Advice, Option
 from analysis.capacity import Latency, Setting
-from analysis.check_advice import measured_capacity
 from analysis.recommend import case_of, serve_arguments
 from experiments.doctor import problems
 from experiments.engine import Record

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import study
 
-from analysis import claims, study
+from analysis import claims
 from analysis.stats import MOST_REPLICATES, Sample, sample
 
 

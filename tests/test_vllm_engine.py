@@ -16,9 +16,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from bench import cpu_settings, prefill, serve
+
 from analysis.gates import LATENESS_SLACK_S
-from experiments.bench import cpu_settings, engines
 from experiments.engine import Phase, Recorder, Request
+from experiments.engine_process import engines
 from experiments.metrics import saturation_throughput
 from experiments.provenance import ROOT
 from experiments.store import read_trial
@@ -34,8 +36,8 @@ def test_switching_the_chunk_size_changes_no_steps_composition() -> None:
     with engines([SMALL, *fresh]) as (switched, *built):
         for budget, own in zip(budgets, built, strict=True):
             for tokens in (1, 63, 64, 65, 255, 511, 599):
-                batches = switched(budget, tokens, False)[1]
-                assert batches == own(budget, tokens, False)[1]
+                batches = switched(prefill, budget, tokens)[1]
+                assert batches == own(prefill, budget, tokens)[1]
                 assert batches == tuple(min(budget, tokens - done) for done in range(0, tokens, budget))
 
 
@@ -44,7 +46,7 @@ def test_tensor_parallel_two_runs_on_two_cores() -> None:
         pytest.skip("needs two cores")
     tp2 = dataclasses.replace(SMALL, model="tiny-tp2", tensor_parallel=2, threads=1)
     with engines([tp2]) as (run,):
-        seconds, batches = run(64, 200, False)
+        seconds, batches = run(prefill, 64, 200)
     assert batches == (64, 64, 64, 8)
     assert seconds > 0
 
@@ -100,10 +102,10 @@ def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
         return Phase(64, tuple(Request(t, p, o, seed=n) for n, (t, (p, o)) in enumerate(zip(times, lengths, strict=False))))
 
     with engines([tiny]) as (run,):
-        saturation = saturation_throughput(run(load(0.0, 200)))
+        saturation = saturation_throughput(run(serve, load(0.0, 200)))
         memory = []
         for _ in range(2):
-            record = run(load(5 * saturation, 1000))
+            record = run(serve, load(5 * saturation, 1000))
             memory.append(sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)))
     requests, steps = record.requests, record.steps
     assert len(requests) == 1000

@@ -206,6 +206,31 @@ def test_smoke_without_network_under_any_uid(engine: Rig, checkout: Path, cpu_im
     assert engine("ps", "-q").stdout == ""
 
 
+def test_a_run_joins_the_node_that_make_node_started(engine: Rig, checkout: Path, cpu_image: str) -> None:
+    """Two containers that share the network and nothing else: a Ray head by make node, and a driver."""
+    own = [*command(engine), "RAY_AUTH_TOKEN=" + "5" * 64]
+    said = engine.folder / "node.log"
+    with said.open("wb") as log:
+        node = subprocess.Popen(
+            [*own, "node", "NODE_IP=127.0.0.1"], cwd=checkout, env=engine.env, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for("the node", lambda: "Ray runtime started" in said.read_text() or node.poll() is not None, 60)
+        assert node.poll() is None, said.read_text()
+        joined = [*own, "smoke", "RAY_ADDRESS=127.0.0.1:6379", "OUT=artifacts/joined"]
+        done = subprocess.run(joined, cwd=checkout, env=engine.env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        bag = next(checkout.glob("artifacts/joined/smoke-cpu/bag-*"))
+        bagit.Bag(str(bag)).validate()
+        facts, _ = read_trial(next(bag.glob("data/trials/*/*")))
+        assert facts["node"] == "node-1"
+        assert facts["machine"]["image"] == engine("image", "inspect", "--format", "{{.Id}}", cpu_image).stdout.strip()
+    finally:
+        os.killpg(node.pid, signal.SIGINT)
+        node.wait(60)
+    wait_for("the node's end", lambda: engine("ps", "-q").stdout == "", 20)
+
+
 def test_an_interrupted_fig9a_keeps_its_trials_and_leaves_nothing_running(engine: Rig, checkout: Path, cpu_image: str) -> None:
     full = command(engine, "fig9a", "REPLICATES=1")
     with (engine.folder / "fig9a.log").open("wb") as log:

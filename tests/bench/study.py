@@ -228,7 +228,7 @@ def describe(table: pd.DataFrame, unprotected: pd.DataFrame, count: int, seed: i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 if every cell keeps its limit and the power is as wanted, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.study", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tests/bench/study.py", description=__doc__.split("\n")[0])
     parser.add_argument("--experiments", type=int, default=EXPERIMENTS)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--docs", type=Path, default=DOCS, help="Markdown file whose tables are renewed")

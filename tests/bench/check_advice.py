@@ -134,7 +134,7 @@ def validate(options: argparse.Namespace, console: Console) -> bool:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 if a target is missed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.check_advice", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests/bench/check_advice.py", description=__doc__)
     parser.add_argument("--testbed", default="auto")
     parser.add_argument("--model", default="mistral-7b")
     parser.add_argument("--trace")

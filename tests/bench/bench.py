@@ -1,0 +1,113 @@
+"""`make bench`: what our loop costs, and whether switching the chunk size equals a freshly built engine.
+
+Ratios only, interleaved in one run, medians: absolute times on a shared machine say little. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from functools import partial
+from typing import Any, cast
+
+import bench_driver
+import bench_serve
+
+from experiments.engine import Phase, Record, Request
+from experiments.engine_process import engines
+from experiments.expand import expand
+from experiments.metrics import prefill_seconds
+from experiments.spec import EngineSettings, SpecError, load_figure, load_testbed
+from experiments.vllm_engine import EngineError
+from experiments.workload import prompt_ids
+
+ROUNDS = 40
+LOOP_TARGET = 1.01  # engine time in our loop / in a bare loop over the same engine
+
+
+def prefill(engine: Any, budget: int, tokens: int) -> tuple[float, tuple[int, ...]]:
+    """One prompt in our loop: seconds, tokens of each step."""
+    record = engine.run([Phase(budget, (Request(0.0, tokens, 1),))], time_limit_s=600.0)
+    return float(prefill_seconds(record).iloc[0]), tuple(record.steps["prefill_tokens"])
+
+
+def bare_loop(engine: Any, budget: int, tokens: int) -> tuple[float, tuple[int, ...]]:
+    """The least that a loop over vLLM can do: add a request, step until it is done. Seconds in step(), nothing else."""
+    request, inner, seconds = Request(0.0, tokens, 1), engine._engine, 0.0
+    engine._scheduler.max_num_scheduled_tokens = budget
+    watched, engine._scheduler.schedule = engine._scheduler.schedule, engine._schedule
+    engine._add("bare", request, prompt_ids(request, engine._vocabulary))
+    while inner.has_unfinished_requests():
+        started = time.perf_counter()
+        inner.step()
+        seconds += time.perf_counter() - started
+    engine._scheduler.schedule = watched
+    return seconds, ()
+
+
+def serve(engine: Any, *phases: Phase) -> Record:
+    """The record of these phases."""
+    return cast(Record, engine.run(phases, 600.0))
+
+
+def loop_ratio(rounds: int = ROUNDS) -> float:
+    """Median over rounds of (engine time in our loop / in a bare loop), the two in turn on one engine."""
+    settings = cpu_settings()
+    with engines([settings]) as (run,):
+        budget, tokens = settings.max_budget // 8, settings.max_model_len - 1
+        ratios = []
+        for number in range(rounds + 2):
+            order = (prefill, bare_loop) if number % 2 else (bare_loop, prefill)  # each goes first every other time
+            seconds = {loop: run(loop, budget, tokens)[0] for loop in order}
+            ratios.append(seconds[prefill] / seconds[bare_loop])
+    return float(statistics.median(ratios[2:]))
+
+
+def switching(rounds: int = 12) -> list[tuple[int, float, bool]]:
+    """Per chunk size: budget, median ratio of switched to freshly built, and whether every step's batch was the same."""
+    settings = cpu_settings()
+    budgets = [settings.max_budget // part for part in (32, 16, 8)]
+    fresh = [dataclasses.replace(settings, max_budget=budget) for budget in budgets]
+    rows = []
+    with engines([settings, *fresh]) as (switched, *built):
+        for budget, own in zip(budgets, built, strict=True):
+            ratios, same = [], True
+            for _ in range(rounds + 1):
+                one, two = (run(prefill, budget, settings.max_model_len - 1) for run in (switched, own))
+                ratios.append(one[0] / two[0])
+                same &= one[1] == two[1]
+            rows.append((budget, statistics.median(ratios[1:]), same))
+    return rows
+
+
+def cpu_settings() -> EngineSettings:
+    """The settings of Figure 9a's Mistral-7B panel on the cpu testbed."""
+    sessions = expand(load_figure("fig9a"), load_testbed("cpu"), 1)
+    return next(session.engine for session in sessions if session.model == "mistral-7b")
+
+
+def main() -> int:
+    """Print the ratios; 1 if a target is missed."""
+    try:
+        ratio = loop_ratio()
+        print(f"engine time, our loop / bare loop: {ratio:.4f} (median of {ROUNDS}, target at most {LOOP_TARGET})")
+        met = ratio <= LOOP_TARGET
+        for budget, median, equal in switching():
+            print(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {'equal' if equal else 'DIFFER'}")
+            met &= equal
+        ms, mb = bench_driver.measure()
+        print(bench_driver.line(ms, mb))
+        met &= ms <= bench_driver.TARGET_MS and mb <= bench_driver.TARGET_MB
+        serving = bench_serve.serving_settings(cpu_settings())
+        with engines([serving]) as (run,):
+            print(*bench_serve.table(bench_serve.measure(serving, partial(run, serve))), sep="\n")
+        return 0 if met else 1
+    except (SpecError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
