@@ -21,8 +21,9 @@ from analysis.plots_capacity import capacity_figure
 from analysis.recommend import WORDS, case_of, curves, facts, marks, show, spread
 from experiments.cost_model import CostModel
 from experiments.provenance import ROOT
-from experiments.spec import STRICT, SpecError, command, load_testbed, read_spec
+from experiments.spec import STRICT, SpecError, load_testbed, read_spec
 from experiments.store import to_json
+from experiments.terminal import command
 from experiments.workload import choose_trace, describe_trace
 
 

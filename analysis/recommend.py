@@ -26,8 +26,9 @@ from experiments.doctor import choose_testbed, problems
 from experiments.estimate import calibration_here
 from experiments.expand import FEWEST_REQUESTS, expand
 from experiments.provenance import ROOT, gpus
-from experiments.spec import MODELS, ServingFigure, SpecError, Testbed, command, load_figure, read_yaml
+from experiments.spec import MODELS, ServingFigure, SpecError, Testbed, load_figure, read_yaml
 from experiments.store import to_json
+from experiments.terminal import command
 from experiments.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.workload import Trace, choose_trace, describe_trace
 

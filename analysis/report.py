@@ -19,8 +19,9 @@ import jinja2
 from analysis.load import find_runs, load_run
 from analysis.views import VIEWS, View, schedule_view
 from experiments.provenance import ROOT, sha256
-from experiments.spec import SpecError, command
+from experiments.spec import SpecError
 from experiments.store import write_whole
+from experiments.terminal import command
 
 VERDICT_FORMAT = 1
 # What is behind a verdict, as it is read: the ratio and its interval, what they are of, then the tests.

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from analysis.load import Run, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
 from experiments.provenance import ROOT
-from experiments.spec import command
+from experiments.terminal import command
 
 
 def prefill_table(run: Run) -> pd.DataFrame:

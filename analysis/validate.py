@@ -28,7 +28,8 @@ from experiments.estimate import calibration_here
 from experiments.metrics import of_phase, prefill_seconds, serving_metrics
 from experiments.provenance import ROOT, machine
 from experiments.simulator import SimulatedEngine
-from experiments.spec import EngineSettings, SpecError, Testbed, command
+from experiments.spec import EngineSettings, SpecError, Testbed
+from experiments.terminal import command
 
 STEP_TIME = "step time"
 TOTAL_TARGET = 0.05  # of the summed step time

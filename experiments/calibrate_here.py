@@ -33,7 +33,8 @@ from experiments.engine_process import engines
 from experiments.estimate import HERE, made_on
 from experiments.expand import expand
 from experiments.provenance import ROOT, machine
-from experiments.spec import EngineSettings, SpecError, Testbed, command, load_figure
+from experiments.spec import EngineSettings, SpecError, Testbed, load_figure
+from experiments.terminal import command
 
 COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
 MIN_STEPS = 60  # fewer cannot fix about ten coefficients and leave some to test them

@@ -21,10 +21,10 @@ from experiments.spec import (
     ServingFigure,
     SpecError,
     Testbed,
-    command,
     load_figure,
     load_testbed,
 )
+from experiments.terminal import command
 from experiments.workload import Trace, synthetic_trace
 
 HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never in git

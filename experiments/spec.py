@@ -7,12 +7,10 @@ Both are strict: an unknown key, a wrong type or an impossible value is a SpecEr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,26 +18,11 @@ from pydantic.dataclasses import dataclass
 
 PACKAGE = Path(__file__).resolve().parent
 FIGURES, TESTBEDS, MODELS = PACKAGE / "figures", PACKAGE / "testbeds", PACKAGE / "models"
-P = ParamSpec("P")
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class SpecError(ValueError):
     """Bad input, told in one line: what, where, what came, what is allowed."""
-
-
-def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's main in which a SpecError is one line on standard error and exit status 2."""
-
-    @functools.wraps(main)
-    def checked(*arguments: P.args, **keywords: P.kwargs) -> int:
-        try:
-            return main(*arguments, **keywords)
-        except SpecError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-    return checked
 
 
 def _chunk_size(value: object) -> int | None:

@@ -25,7 +25,8 @@ from analysis.recommend import case_of, confirm, settled, show_confirmed
 from experiments.calibrate_here import calibrate, settings_of
 from experiments.doctor import choose_testbed
 from experiments.provenance import ROOT
-from experiments.spec import SpecError, Testbed, command
+from experiments.spec import SpecError, Testbed
+from experiments.terminal import command
 from experiments.trials import Load, load_sessions, serve_loads
 from experiments.workload import choose_trace, describe_trace
 
