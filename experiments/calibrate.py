@@ -13,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import yaml
 from scipy.optimize import nnls
 
-from experiments.cost_model import (
-    CALIBRATIONS,
-    Attention,
-    Calibration,
-    CostModel,
-    FitError,
-    Floats,
-    Ints,
-    Jitter,
-    Profile,
-    ValidRange,
-    attention_of,
-    linear_flop_per_token,
-)
-from experiments.spec import SpecError, load_model, read_yaml
+from experiments import cost_model
+from experiments.cost_model import Calibration, CostModel, FitError, Floats, Ints, Jitter, Profile, linear_flop_per_token
+from experiments.spec import load_model, read_yaml
+from experiments.terminal import arguments, command, console, parse, result
 
 LONGEST_PROFILE = 16384  # tokens; the longest step of Figure 9
 
@@ -50,7 +38,7 @@ def _column(data: Mapping[str, Any], name: str) -> Floats:
     return np.array(data[name], dtype=np.float64)
 
 
-def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, dtype: str) -> Attention:
+def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, dtype: str) -> cost_model.Attention:
     """Rates of the attention kernels. The constant part, a launch per layer, belongs to the overhead and is left out.
 
     The kernel takes as long for the triangle of a prompt's first piece as for the whole square: counting masked pairs, relative
@@ -62,7 +50,7 @@ def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, d
     read = _column(decode, "requests") * _column(decode, "context") * 2 * decode["kv_heads"] * decode["head_dim"] * 2
     flop_per_s = _rounded(1.0 / _affine(flop, _column(prefill, "ms_per_layer") / 1e3)[1])
     kv_bytes_per_s = _rounded(1.0 / _affine(read, _column(decode, "ms_per_layer") / 1e3)[1])
-    return attention_of(model, tensor_parallel, dtype, flop_per_s, 1.0, kv_bytes_per_s)
+    return cost_model.attention_of(model, tensor_parallel, dtype, flop_per_s, 1.0, kv_bytes_per_s)
 
 
 def _published_jitter(published: Mapping[str, Any]) -> Jitter:
@@ -94,53 +82,58 @@ def _yi_linear(measured: Ints, seconds: Floats, operators: tuple[Ints, Floats]) 
 
 def _header(published: Mapping[str, Any], model: str) -> dict[str, Any]:
     header: dict[str, Any] = published["headers"][model]
-    return header | {"valid": ValidRange(**header["valid"])}
+    lists = {key: tuple(header[key]) for key in ("models", "sources")}
+    return header | lists | {"valid": cost_model.ValidRange(**header["valid"])}
 
 
 def rounded_profile(at: Ints, seconds: Floats) -> Profile:
     return Profile(tuple(int(n) for n in at), tuple(round(float(s), 8) for s in seconds))
 
 
+def _prefill_errors(model: CostModel, published: Mapping[str, Any]) -> list[float]:
+    steps = published["yi_prefill_steps"]
+    times = zip(steps["tokens"], steps["ms"], strict=True)
+    return [model.step(n, 0, 1, n * (n + 1) // 2, 0) * 1e3 / ms - 1 for n, ms in times]
+
+
+def _decode_errors(model: CostModel, published: Mapping[str, Any]) -> list[float]:
+    steps = published["yi_decode_steps"]
+    times = zip(steps["requests"], steps["ms"], strict=True)
+    return [model.step(0, n, 0, 0, n * steps["context"]) * 1e3 / ms - 1 for n, ms in times]
+
+
 def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
     """Yi-34B at tensor parallel size 2 from its own prefill and decode steps; see docs/simulator.md for every parameter."""
     attention, operators = _attention(published, "yi-34b", 2, "float16"), _operators(published)
-    prefill, decode = (published[key] for key in ("yi_prefill_steps", "yi_decode_steps"))
+    prefill, decode = published["yi_prefill_steps"], published["yi_decode_steps"]
     tokens, total = np.array(prefill["tokens"]), _column(prefill, "ms") / 1e3
     requests, decoding = np.array(decode["requests"]), _column(decode, "ms") / 1e3
     read = requests * decode["context"] * attention.kv_bytes_per_token / attention.kv_bytes_per_s
     overhead = float(decoding[0] - operators[1][0] - read[0])  # one request: next to nothing but overhead and weights
     own = total - overhead - attention.flop_per_pair / attention.flop_per_s * tokens.astype(np.float64) ** 2
     linear = _yi_linear(tokens, own, operators)
+    rest = np.maximum.accumulate(np.maximum(decoding - overhead - linear.table()[requests] - read, 0.0))
 
-    def decode_profile(keep: npt.NDArray[np.bool_]) -> Profile:  # of 0 requests it is 0; more requests never cost less
-        rest = np.maximum.accumulate(np.maximum(decoding - overhead - linear.table()[requests] - read, 0.0))
-        return rounded_profile(np.concatenate([[0], requests[keep]]), np.concatenate([[0.0], rest[keep]]))
+    def decode_profile(keep: Ints) -> Profile:  # of 0 requests it is 0; more requests never cost less
+        return rounded_profile(np.array([0, *requests[keep]]), np.array([0.0, *rest[keep]]))
 
     draft = Calibration(
         **_header(published, "yi-34b"),
         overhead_s=round(overhead, 8),
         linear=linear,
-        decode=decode_profile(requests > 0),
+        decode=decode_profile(np.arange(len(requests))),
         attention=attention,
         jitter=_published_jitter(published),
         error=FitError(0.0, 0.0, 0.0, ""),
     )
-
-    def prefill_error(model: CostModel, i: int) -> float:
-        n = int(tokens[i])
-        return float(model.step(n, 0, 1, n * (n + 1) // 2, 0) / total[i] - 1)
-
-    def decode_error(model: CostModel, i: int) -> float:
-        n = int(requests[i])
-        return float(model.step(0, n, 0, 0, n * decode["context"]) / decoding[i] - 1)
-
-    model, out = CostModel(draft), []
-    fitted = [prefill_error(model, i) for i in range(len(tokens))] + [decode_error(model, i) for i in range(len(requests))]
+    fitted = _prefill_errors(CostModel(draft), published) + _decode_errors(CostModel(draft), published)
+    out = []
     for i in range(1, len(tokens) - 1):  # each step but the first and last, left out of the profile in turn
-        keep = tokens != tokens[i]
-        out.append(prefill_error(CostModel(replace(draft, linear=_yi_linear(tokens[keep], own[keep], operators))), i))
+        model = CostModel(replace(draft, linear=_yi_linear(np.delete(tokens, i), np.delete(own, i), operators)))
+        out.append(_prefill_errors(model, published)[i])
     for i in range(1, len(requests) - 1):
-        out.append(decode_error(CostModel(replace(draft, decode=decode_profile(requests != requests[i]))), i))
+        model = CostModel(replace(draft, decode=decode_profile(np.delete(np.arange(len(requests)), i))))
+        out.append(_decode_errors(model, published)[i])
     return replace(draft, error=fit_error(fitted, out, "each published step but the first and last, left out in turn"))
 
 
@@ -150,24 +143,20 @@ def calibrate_mistral(published: Mapping[str, Any], yi: Calibration) -> Calibrat
     Its held-out error is the recipe's error on Yi-34B's prefill steps, where it can be checked.
     """
     profile, host = published["llama3_8b_tp1_linear"], published["host_overhead"]
-    fixed, per_request = _affine(_column(host, "requests"), _column(host, "ms") / 1e3)
+    requests, host_ms = _column(host, "requests"), _column(host, "ms")
+    fixed, per_request = _affine(requests, host_ms / 1e3)
     tokens = np.array(profile["tokens"])
     keep, layers = tokens <= LONGEST_PROFILE, load_model("mistral-7b")["num_hidden_layers"]
-    seconds = _column(profile, "ms_per_layer")[keep] / 1e3 * layers
     recipe = CostModel(replace(yi, linear=rounded_profile(*_operators(published))))
-    steps = published["yi_prefill_steps"]
-    held_out = [
-        recipe.step(n, 0, 1, n * (n + 1) // 2, 0) * 1e3 / ms - 1 for n, ms in zip(steps["tokens"], steps["ms"], strict=True)
-    ]
-    host_fit = (fixed + per_request * _column(host, "requests")) * 1e3 / _column(host, "ms") - 1
+    errors = list((fixed + per_request * requests) * 1e3 / host_ms - 1), _prefill_errors(recipe, published)
     return Calibration(
         **_header(published, "mistral-7b"),
         overhead_s=round(fixed, 8),
-        linear=rounded_profile(tokens[keep], seconds),
+        linear=rounded_profile(tokens[keep], _column(profile, "ms_per_layer")[keep] / 1e3 * layers),
         decode=Profile((0, 128), (0.0, round(128 * per_request, 8))),
         attention=_attention(published, "mistral-7b", 1, "float16"),
         jitter=yi.jitter,
-        error=fit_error(list(host_fit), held_out, "the same recipe on Yi-34B's published prefill steps"),
+        error=fit_error(*errors, "the same recipe on Yi-34B's published prefill steps"),
     )
 
 
@@ -181,22 +170,22 @@ def write(calibration: Calibration, path: Path) -> None:
     """Write a calibration as YAML that load_calibration reads back unchanged."""
     data = asdict(calibration)
     texts = {key: data.pop(key) for key in ("sources", "fixed_by")}
-    styles = {None: data, False: texts}  # short lists on one line; sentences one by one
-    parts = [yaml.safe_dump(part, sort_keys=False, width=120, default_flow_style=style) for style, part in styles.items()]
+    parts = [yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)]  # short lists on one line
+    parts.append(yaml.safe_dump(texts, sort_keys=False, width=120, default_flow_style=False))  # sentences one by one
     path.write_text("# Written by experiments/calibrate.py; see docs/simulator.md.\n" + "".join(parts), encoding="utf-8")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Refit the published calibrations; 0, or 2 with one line of reason."""
-    try:
-        yi = calibrate_yi(published := read_yaml(CALIBRATIONS / "published" / "a100.yaml"))
-        for calibration in (yi, calibrate_mistral(published, yi)):
-            write(calibration, CALIBRATIONS / f"{calibration.calibration}.yaml")
-            error = calibration.error
-            print(f"{calibration.calibration}: held-out error {error.held_out:.1%} ({error.held_out_on})")
-    except SpecError as error:
-        print(error, file=sys.stderr)
-        return 2
+    parse(arguments("experiments.calibrate", main.__doc__), argv)
+    folder = cost_model.CALIBRATIONS
+    yi = calibrate_yi(published := read_yaml(folder / "published" / "a100.yaml"))
+    found = {calibration.calibration: calibration for calibration in (yi, calibrate_mistral(published, yi))}
+    for name, calibration in found.items():
+        write(calibration, folder / f"{name}.yaml")
+        console.print(f"{name}: held-out error {calibration.error.held_out:.1%} ({calibration.error.held_out_on})")
+    result(held_out={name: calibration.error.held_out for name, calibration in found.items()})
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -14,27 +13,17 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import nnls
 
+from experiments import cost_model
 from experiments.calibrate import fit_error, rounded_profile, write
-from experiments.cost_model import (
-    PAUSE_S,
-    Calibration,
-    CostModel,
-    Floats,
-    Jitter,
-    Loop,
-    Profile,
-    ValidRange,
-    attention_of,
-    load_calibration,
-)
+from experiments.cost_model import Calibration, CostModel, Floats, Jitter, Loop, Profile
 from experiments.doctor import choose_testbed
 from experiments.engine import STEP_COLUMNS, Engine, Phase, Record, Request
 from experiments.engine_process import engines
 from experiments.estimate import HERE, made_on
 from experiments.expand import expand
-from experiments.provenance import ROOT, machine
+from experiments.provenance import machine
 from experiments.spec import EngineSettings, SpecError, Testbed, load_figure
-from experiments.terminal import command
+from experiments.terminal import arguments, command, console, parse, result
 
 COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
 MIN_STEPS = 60  # fewer cannot fix about ten coefficients and leave some to test them
@@ -43,20 +32,19 @@ OUTLIER = 4.0  # scaled median absolute deviations beyond which a step is a tail
 BEYOND = 1.05  # how far past the most pairs and context seen the straight lines hold: a full last chunk has 0.3 % more
 WHOLE = 4  # times that a prompt of each length is computed in one step; the first is left out, see observed
 DECODES = 16  # output tokens per request of a calibration run
+Chosen = npt.NDArray[np.bool_]
 
 
 def settings_of(testbed: Testbed) -> dict[str, tuple[EngineSettings, int]]:
     """Engine model -> the settings of the testbed that ask most of it (longest prompts, largest chunk size), and the longest
-
-    context, in tokens, at which it is to decode; 0 where Figure 9 has no load for it.
-    """
+    context, in tokens, at which it is to decode; 0 where Figure 9 has no load for it."""
     found: dict[str, tuple[EngineSettings, int]] = {}
     for figure in ("fig9a", "fig9b"):
         for session in expand(load_figure(figure), testbed, 1):
             engine = session.engine
             known, decoding = found.get(engine.model, (engine, 0))
-            most = engine if engine.max_model_len > known.max_model_len else known
-            found[engine.model] = most, max(decoding, engine.max_model_len if session.kind == "serving" else 0)
+            decoding = max(decoding, engine.max_model_len if session.kind == "serving" else 0)
+            found[engine.model] = max(known, engine, key=lambda settings: settings.max_model_len), decoding
     return found
 
 
@@ -65,12 +53,11 @@ def fit_records(
 ) -> Calibration:
     """Fit the same model to the steps of a real engine: STEP_COLUMNS, one row per step, warm-up left out.
 
-    Least squares on relative errors with all coefficients >= 0, once more without outliers; the profile, rising from 0, has
-    knots at powers of 2. `masked_share` is 0: vLLM's kernels skip masked tiles. Every fourth step is held out; jitter comes
-    from the residuals of the others. Raises SpecError for missing columns, too few steps, or none with prefill or decode.
+    The profile, rising from 0, has knots at powers of 2. `masked_share` is 0: vLLM's kernels skip masked tiles. Every fourth
+    step is held out; jitter comes from the residuals of the others. Raises SpecError for missing columns, too few steps, or
+    none with prefill or decode.
     """
-    missing = [column for column in STEP_COLUMNS if column not in steps]
-    if missing:
+    if missing := [column for column in STEP_COLUMNS if column not in steps]:
         raise SpecError(f"fit_records: {source}: columns: got none named {', '.join(missing)}; allowed: all of STEP_COLUMNS")
     seconds = steps["seconds"].to_numpy(dtype=np.float64)
     prefill, decodes, pairs, context = (steps[column].to_numpy(dtype=np.int64) for column in COMPOSITION)
@@ -78,23 +65,15 @@ def fit_records(
         came = f"{len(steps)} steps, {np.sum(prefill > 0)} with prefill, {np.sum(decodes > 0)} with decodes"
         raise SpecError(f"fit_records: {source}: got {came}; allowed: at least {MIN_STEPS}, some of each, all longer than 0 s")
     tokens = prefill + decodes
-    inner = 2 ** np.arange(1, int(tokens.max()).bit_length())
-    knots = np.array([1, *(n for n in inner.tolist() if n < tokens.max()), int(tokens.max())])
-    lower, width = knots[:-1], np.diff(knots)
-    rise = np.clip(tokens[:, None] - lower, 0, width) / width  # how much of each piece's rise a step has climbed
+    most, most_decodes = int(tokens.max()), int(decodes.max())
+    knots = np.unique([*(2 ** np.arange(most.bit_length())), most])
+    width = np.diff(knots)
+    rise = np.clip(tokens[:, None] - knots[:-1], 0, width) / width  # how much of each piece's rise a step has climbed
     design = np.column_stack([np.ones(len(steps)), rise, pairs, decodes, context])
     train = np.arange(len(steps)) % HELD_OUT != HELD_OUT - 1
-    usable, solution = train, np.zeros(design.shape[1])
-    for _ in range(2):
-        scale = np.abs(design[usable] / seconds[usable, None]).max(axis=0)
-        scale[scale == 0] = 1.0  # a column without data gets the coefficient 0
-        solution = nnls(design[usable] / seconds[usable, None] / scale, np.ones(int(usable.sum())))[0] / scale
-        off = np.log(seconds / (design @ solution))
-        middle, spread = _median_spread(off[train])
-        usable = train & (np.abs(off - middle) < OUTLIER * spread)
-    unit = attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
+    solution, off, usable = _solved(design, seconds, train)
+    unit = cost_model.attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
     pair_s, context_s = np.maximum(solution[[-3, -1]], 1e-18).tolist()  # where the data show no cost, next to none is charged
-    attention = replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s)
     errors = seconds / (design @ solution) - 1
     return Calibration(
         calibration=name,
@@ -103,38 +82,49 @@ def fit_records(
         tensor_parallel=settings.tensor_parallel,
         sources=(source,),
         overhead_s=float(solution[0]),
-        linear=rounded_profile(knots, np.concatenate([[0.0], np.cumsum(solution[1 : len(knots)])])),
-        decode=Profile((0, int(decodes.max())), (0.0, float(solution[-2] * decodes.max()))),
-        attention=attention,
+        linear=rounded_profile(knots, np.cumsum([0.0, *solution[1 : len(knots)]])),
+        decode=Profile((0, most_decodes), (0.0, float(solution[-2] * most_decodes))),
+        attention=replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s),
         jitter=_fitted_jitter(off[train], prefill[train] == 0),
-        valid=ValidRange(int(tokens.max()), int(decodes.max()), *(int(BEYOND * column.max()) for column in (pairs, context))),
+        valid=cost_model.ValidRange(most, most_decodes, *(int(BEYOND * column.max()) for column in (pairs, context))),
         error=fit_error(list(errors[usable]), list(errors[~train]), f"every {HELD_OUT}th of {len(steps)} steps"),
         block_size=block_size,
         fixed_by=dict.fromkeys(("overhead_s", "linear", "decode", "attention", "jitter", "loop", "valid"), source),
     )
 
 
-def observed(records: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame, Loop]:
-    """From records of one engine process: warm steps, the first steps after a pause, and what passed outside the steps.
+def _solved(design: Floats, seconds: Floats, train: Chosen) -> tuple[Floats, Floats, Chosen]:
+    """Coefficients >= 0 by least squares on the relative errors of the steps in `train`, once more without outliers.
+
+    With them, of each step: the log of its time over the predicted one, and whether it is in `train` and no outlier.
+    """
+    usable = train
+    for _ in range(2):
+        relative = design[usable] / seconds[usable, None]
+        scale = np.abs(relative).max(axis=0)
+        scale[scale == 0] = 1.0  # a column without data gets the coefficient 0
+        solution: Floats = nnls(relative / scale, np.ones(len(relative)))[0] / scale
+        off = np.log(seconds / (design @ solution))
+        middle, spread = _median_spread(off[train])
+        usable = train & (np.abs(off - middle) < OUTLIER * spread)
+    return solution, off, usable
+
+
+def observed(record: Record) -> tuple[pd.DataFrame, pd.DataFrame, Loop]:
+    """From the record of an engine process: warm steps, the first steps after a pause, and what passed outside the steps.
 
     Left out is the first step with a number of tokens: the kernels of a new shape are made then, an eighth more of its time.
     """
-    frames, between, entering = [], [], []
-    for record in records:
-        starts, ends = record.steps["start_s"].to_numpy(), (record.steps["start_s"] + record.steps["seconds"]).to_numpy()
-        place, count = np.unique(np.searchsorted(starts, record.requests["injected_s"]), return_counts=True)
-        first = record.requests["injected_s"].to_numpy()[np.cumsum(count) - count]  # of those that entered before a step
-        pause = np.zeros(len(starts))
-        pause[place] = first - np.concatenate([[0.0], ends])[place]
-        gap = starts - np.concatenate([[0.0], ends[:-1]])
-        between.append(np.delete(gap, place))
-        entering.append((starts[place] - first) / count)
-        frames.append(record.steps.assign(pause=pause))
-    steps = pd.concat(frames, ignore_index=True)
+    steps, entered = record.steps, record.requests["injected_s"].to_numpy()
+    starts, ends = steps["start_s"].to_numpy(), (steps["start_s"] + steps["seconds"]).to_numpy()
+    before = np.concatenate([[0.0], ends[:-1]])  # each step: when the last one ended
+    place, earliest, count = np.unique(np.searchsorted(starts, entered), return_index=True, return_counts=True)
+    first = entered[earliest]  # of those that entered before a step
+    paused = np.zeros(len(starts), dtype=bool)
+    paused[place] = first - before[place] > cost_model.PAUSE_S
+    loop = Loop(*(float(np.median(parts)) for parts in (np.delete(starts - before, place), (starts[place] - first) / count)))
     again = steps.groupby(steps["prefill_tokens"] + steps["decode_tokens"]).cumcount() > 0
-    paused = steps["pause"] > PAUSE_S
-    medians = (float(np.median(np.concatenate(parts))) for parts in (between, entering))
-    return steps[again & ~paused], steps[again & paused], Loop(*medians)
+    return steps[again & ~paused], steps[again & paused], loop
 
 
 def with_loop(calibration: Calibration, paused: pd.DataFrame, loop: Loop) -> Calibration:
@@ -142,9 +132,9 @@ def with_loop(calibration: Calibration, paused: pd.DataFrame, loop: Loop) -> Cal
 
     An excess in seconds: on one machine it was 3 to 6 ms for steps of 10 as of 50 ms.
     """
-    composition = [paused[name].to_numpy(dtype=np.int64) for name in list(STEP_COLUMNS)[3:8]]
-    excess = paused["seconds"].to_numpy() - CostModel(calibration).steps(*composition)
-    wake_s = max(0.0, float(np.median(excess))) if len(paused) else 0.0
+    model, columns = CostModel(calibration), list(STEP_COLUMNS)[3:8]
+    excess = [row[0] - model.step(*map(int, row[1:])) for row in paused[["seconds", *columns]].itertuples(index=False)]
+    wake_s = max(0.0, float(np.median(excess))) if excess else 0.0
     return replace(calibration, loop=replace(loop, wake_s=wake_s))
 
 
@@ -153,10 +143,9 @@ def _median_spread(values: Floats) -> tuple[float, float]:
     return float(np.median(values)), 1.4826 * float(np.median(np.abs(values - np.median(values)))) + 1e-12
 
 
-def _fitted_jitter(off: Floats, only_decodes: npt.NDArray[np.bool_]) -> Jitter:
+def _fitted_jitter(off: Floats, only_decodes: Chosen) -> Jitter:
     """Sigmas of the core of the log residuals; what lies beyond OUTLIER sigmas above is tail: its share and mean excess."""
-    sigmas: list[float] = []
-    excess: list[float] = []
+    sigmas, excess = list[float](), list[float]()
     for kind in (~only_decodes, only_decodes):
         middle, spread = _median_spread(off[kind])
         core = np.abs(off[kind] - middle) <= OUTLIER * spread
@@ -207,7 +196,7 @@ def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Pat
     """Run the calibration's steps on a fresh engine, fit them, store the calibration; where it lies."""
     with engines([settings]) as (run,):
         block_size, record = run(_facts_and_record, calibration_phases(settings, decoding))
-        steps, paused, loop = observed([record])
+        steps, paused, loop = observed(record)
     name, here = f"{testbed}-{settings.model}", machine()["type"]
     source = f"{len(steps)} steps of vLLM on this machine ({here})"
     fitted = fit_records(steps, settings, name, f"{settings.model} on {here}", source, block_size)
@@ -220,20 +209,19 @@ def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Pat
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input or an engine that did not start."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.calibrate_here", description=__doc__)
-    parser.add_argument("--testbed", default="auto")
-    parser.add_argument("--out", type=Path, default=ROOT / "artifacts" / "runs")
-    options = parser.parse_args(argv)
+    options = parse(arguments("experiments.calibrate_here", __doc__, "testbed", "out"), argv)
     testbed, reason = choose_testbed(options.testbed, options.out)
     if testbed.platform == "simulated":
         raise SpecError(f"--testbed: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
-    print(f"testbed {testbed.testbed} ({reason}); less than a minute for each model on the CPU")
+    console.print(f"testbed {testbed.testbed} ({reason}); less than a minute for each model on the CPU")
+    found = {}
     for model, (settings, decoding) in settings_of(testbed).items():
         began = time.monotonic()
         path = calibrate(settings, decoding, testbed.testbed)
-        error = load_calibration(str(path)).error
-        seconds = time.monotonic() - began
-        print(f"{model}: held-out error {error.held_out:.1%} ({error.held_out_on}), {seconds:.0f} s; {path}")
+        error, seconds = cost_model.load_calibration(str(path)).error, time.monotonic() - began
+        console.print(f"{model}: held-out error {error.held_out:.1%} ({error.held_out_on}), {seconds:.0f} s; {path}")
+        found[model] = {"held_out": error.held_out, "path": path}
+    result(testbed=testbed.testbed, calibrations=found)
     return 0
 
 

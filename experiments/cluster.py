@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from experiments import gpus, worker
@@ -58,8 +58,7 @@ class Fleet:
         # A driver's own node has no cores.
         alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
         self.nodes = [node for node in self.nodes if node.id in alive]
-        new = sorted(set(alive) - {node.id for node in self.nodes})
-        for key, kind in self._types(new).items():
+        for key, kind in self._types(sorted(alive.keys() - {node.id for node in self.nodes})).items():
             name = self._names.setdefault(key, f"node-{len(self._names) + 1}")
             self.nodes.append(Node(key, name, kind, alive[key]["Resources"]))
 
@@ -110,36 +109,42 @@ def run_sessions(
     fleet = fleet or Fleet(ray, report.say)
     seconds = seconds or {session.name: session.estimate_s for session in due}
     machines = machines or choose_machines(due, seconds, fleet.nodes, {})
-    crew = _Crew(ray, fleet, machines, trace, report, work or worker.work)
-    return crew.run(longest_first(due, seconds), {session.name: list(owed[session.name]) for session in due})
+    jobs = [_Job(session, machines[session.model], list(owed[session.name])) for session in longest_first(due, seconds)]
+    return _Crew(ray, fleet, trace, report, work or worker.work).run(jobs)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A session at work: what it still owes, whether its engine is loaded, when it was last heard of, in what it died."""
+
+    session: Session
+    machine: str
+    left: list[str]
+    loaded: bool = False
+    heard: float = 0.0
+    deaths: Counter[str] = field(default_factory=Counter)  # by trial; "" before the engine was loaded
 
 
 class _Crew:
-    """The sessions at work: which wait, which run where, what each still owes, how often it died and in what."""
+    """The jobs: which wait, which run where, which failed."""
 
-    def __init__(
-        self, ray: Any, fleet: Fleet, machines: Mapping[str, str], trace: Trace | None, report: Report, work: Work
-    ) -> None:
-        self._ray, self._fleet, self._machines, self._report = ray, fleet, machines, report
+    def __init__(self, ray: Any, fleet: Fleet, trace: Trace | None, report: Report, work: Work) -> None:
+        self._ray, self._fleet, self._report = ray, fleet, report
         self._remote = ray.remote(max_calls=1)(work)  # a fresh process each time: one engine, one process
         self._trace = ray.put(trace)
-        self._running: dict[Any, tuple[Session, Place]] = {}
-        self._loaded: set[str] = set()
-        self._deaths: Counter[tuple[str, str]] = Counter()
-        self._heard: dict[str, float] = {}
+        self._running: dict[Any, tuple[_Job, Place]] = {}
         self._failed: dict[str, str] = {}
 
-    def run(self, waiting: list[Session], left: dict[str, list[str]]) -> dict[str, str]:
-        self._waiting, self._left = waiting, left
+    def run(self, jobs: list[_Job]) -> dict[str, str]:
+        self._waiting = jobs
         refreshed = stuck = time.monotonic()
         while self._waiting or self._running:
-            for session in tuple(self._waiting):
-                if place := self._fleet.take(session, self._machines[session.model]):
-                    self._waiting.remove(session)
-                    self._running[self._start(session, place)] = session, place
+            for job in tuple(self._waiting):
+                if place := self._fleet.take(job.session, job.machine):
+                    self._waiting.remove(job)
+                    self._start(job, place)
             if self._running:
-                ready, _ = self._ray.wait([*self._running], num_returns=1, timeout=REFRESH_S, fetch_local=False)
-                for stream in ready:
+                for stream in self._ray.wait([*self._running], num_returns=1, timeout=REFRESH_S, fetch_local=False)[0]:
                     self._hear(stream)
                 stuck = time.monotonic()
             else:
@@ -147,50 +152,49 @@ class _Crew:
             if time.monotonic() - refreshed > REFRESH_S:
                 self._fleet.refresh()
                 refreshed = time.monotonic()
-            if refreshed - stuck > PATIENCE_S:
-                self._give_up()
+            if refreshed - stuck > PATIENCE_S:  # nothing runs, for so long that no node will come for what waits
+                for job in self._waiting:
+                    missing = f"{len(job.left)} trials missing: no node of type {job.machine} with room for it is left"
+                    self._failed[job.session.name] = missing
+                self._waiting.clear()
         return self._failed
 
-    def _start(self, session: Session, place: Place) -> Any:
-        options = options_of(session, place)
-        self._loaded.discard(session.name)
-        self._heard[session.name] = time.monotonic()
-        return self._remote.options(**options).remote(session, tuple(self._left[session.name]), self._trace)
+    def _start(self, job: _Job, place: Place) -> None:
+        job.loaded, job.heard = False, time.monotonic()
+        remote = self._remote.options(**options_of(job.session, place))
+        self._running[remote.remote(job.session, tuple(job.left), self._trace)] = job, place
 
     def _hear(self, stream: Any) -> None:
         """Take what a session has to give: that it is loaded, a result, its end, its death."""
-        session, place = self._running[stream]
+        job, place = self._running[stream]
         try:
             result = self._ray.get(next(stream))
-        except StopIteration:
-            self._end(stream)
-        except self._ray.exceptions.RayError as error:
-            self._end(stream)
-            self._died(session, place.node, error)
+        except (StopIteration, self._ray.exceptions.RayError) as error:
+            del self._running[stream]
+            place.give_back()
+            if not isinstance(error, StopIteration):
+                self._died(job, place.node, error)
+            return
+        job.heard = time.monotonic()
+        if result is None:
+            job.loaded = True
         else:
-            self._heard[session.name] = time.monotonic()
-            if result is None:
-                self._loaded.add(session.name)
-                return
             result.facts["node"] = place.node.name
             self._report.store(result)
-            self._left[session.name].remove(result.trial)
+            job.left.remove(result.trial)
 
-    def _end(self, stream: Any) -> None:
-        self._running.pop(stream)[1].give_back()
-
-    def _died(self, session: Session, node: Node, error: Exception) -> None:
+    def _died(self, job: _Job, node: Node, error: Exception) -> None:
         """Start it again for what it owes, without the trial in which it died too often."""
-        name, left, silent = session.name, self._left[session.name], time.monotonic() - self._heard[session.name]
-        reason = _reason(error) + (f"; hung, no result in {silent:.0f} s" if silent > session.time_limit_s else "")
+        name, left, silent = job.session.name, job.left, time.monotonic() - job.heard
+        reason = _reason(error) + (f"; hung, no result in {silent:.0f} s" if silent > job.session.time_limit_s else "")
         self._report.log(name, str(error))
         self._fleet.suspect(node)
         self._fleet.refresh()
-        trial = left[0] if name in self._loaded and left else ""
-        self._deaths[name, trial] += 1
-        if (deaths := self._deaths[name, trial]) < ATTEMPTS:
+        trial = left[0] if job.loaded and left else ""
+        job.deaths[trial] += 1
+        if job.deaths[trial] < ATTEMPTS:
             where = "" if node in self._fleet.nodes else f"; {node.name} is lost"
-            again = f"attempt {deaths + 1} of {ATTEMPTS} for its {len(left)} trials left"
+            again = f"attempt {job.deaths[trial] + 1} of {ATTEMPTS} for its {len(left)} trials left"
             self._report.say(f"{name} died ({reason}{where}); {again}")
         elif trial:
             self._failed[f"{name}/{left.pop(0)}"] = f"the session died in it {ATTEMPTS} times: {reason}"
@@ -198,15 +202,7 @@ class _Crew:
             self._failed[name] = f"{len(left)} trials missing after {ATTEMPTS} attempts to start: {reason}"
             left.clear()
         if left:
-            self._waiting.insert(0, session)
-
-    def _give_up(self) -> None:
-        """What waits although nothing runs, for so long that no node will come for it."""
-        for session in self._waiting:
-            left = self._left[session.name]
-            kind = self._machines[session.model]
-            self._failed[session.name] = f"{len(left)} trials missing: no node of type {kind} with room for it is left"
-        self._waiting.clear()
+            self._waiting.insert(0, job)
 
 
 def options_of(session: Session, place: Place) -> dict[str, Any]:
@@ -217,7 +213,6 @@ def options_of(session: Session, place: Place) -> dict[str, Any]:
     if session.engine.platform == "cuda":
         # nvidia-smi counts by PCI bus, CUDA by speed unless told. Ray leaves the variable alone as no GPU is asked of it.
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus.devices(place.takes)}
-    own = {name: amount for name, amount in place.takes.items() if name not in ("CPU", "memory")}
     return {
         "name": f"{session.figure}/{session.name}",
         "num_returns": "streaming",
@@ -225,7 +220,7 @@ def options_of(session: Session, place: Place) -> dict[str, Any]:
         "num_cpus": place.takes["CPU"],
         "num_gpus": 0,
         "memory": int(place.takes["memory"]),
-        "resources": own,
+        "resources": {name: amount for name, amount in place.takes.items() if name not in ("CPU", "memory")},
         "runtime_env": {"env_vars": variables},
         "scheduling_strategy": _on(place.node.id),
         "_generator_backpressure_num_objects": 2,

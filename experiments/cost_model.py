@@ -17,10 +17,10 @@ from typing import Annotated, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from experiments.spec import PACKAGE, STRICT, Count, EngineSettings, Name, SpecError, load_model, read_spec
+from experiments.spec import PACKAGE, STRICT, Count, EngineSettings, Name, SpecError, load_model, path_of, read_spec
 
 CALIBRATIONS = PACKAGE.parent / "artifacts" / "calibration"
 PAUSE_S = 0.005  # without work for longer, and the next step finds the caches cold
@@ -31,23 +31,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Total = Annotated[int, Field(ge=0)]
-
-
-def _tuple(value: object) -> object:  # a list in YAML, a tuple in the frozen dataclass
-    return tuple(value) if isinstance(value, list) else value
-
-
-Texts = Annotated[tuple[str, ...], BeforeValidator(_tuple), Field(min_length=1)]
-Knots = Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)]
-Seconds = Annotated[tuple[NotNegative, ...], BeforeValidator(_tuple), Field(min_length=1)]
+Texts = Annotated[tuple[str, ...], Field(min_length=1)]
+LIMITED = ("tokens", "requests that decode", "query-key pairs of prefill attention", "tokens of decode context")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Profile:
     """Seconds at some counts; in between they are interpolated, beyond the last they are unknown."""
 
-    at: Knots
-    seconds: Seconds
+    at: Annotated[tuple[int, ...], Field(min_length=1)]
+    seconds: Annotated[tuple[NotNegative, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _check(self) -> Profile:
@@ -152,7 +145,7 @@ class Calibration:
 
 def load_calibration(name: str, folder: Path = CALIBRATIONS) -> Calibration:
     """The calibration of that name, or of that YAML path. Raises SpecError for a missing, malformed or incomplete file."""
-    return read_spec(Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml", Calibration)
+    return read_spec(path_of(name, folder), Calibration)
 
 
 def kv_bytes_per_token(shape: Mapping[str, int], tensor_parallel: int, dtype: str) -> float:
@@ -195,10 +188,8 @@ def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:
     if settings.kv_cache_gib is not None:
         return int(settings.kv_cache_gib * 2**30 // block)
     if calibration.device_memory_bytes is None or settings.gpu_memory_utilization is None:
-        raise SpecError(
-            f"calibration {calibration.calibration}: size of the KV cache: got none; allowed: kv_cache_gib in the testbed, "
-            "or gpu_memory_utilization there and device_memory_bytes here"
-        )
+        allowed = "kv_cache_gib in the testbed, or gpu_memory_utilization there and device_memory_bytes here"
+        raise SpecError(f"calibration {calibration.calibration}: size of the KV cache: got none; allowed: {allowed}")
     memory = calibration.device_memory_bytes * settings.gpu_memory_utilization
     blocks = int((memory - weight_bytes(shape, settings.tensor_parallel, settings.dtype)) // block)
     if blocks < 2:
@@ -213,54 +204,30 @@ class CostModel:
         self.calibration, attention = calibration, calibration.attention
         self.pair_s = attention.flop_per_pair / attention.flop_per_s  # per query-key pair of prefill
         self.context_s = attention.kv_bytes_per_token / attention.kv_bytes_per_s  # per token of decode context
-        self._linear, self._decode = calibration.linear.table(), calibration.decode.table()
-        valid = calibration.valid
-        for what, profile, last in (("linear", self._linear, valid.tokens), ("decode", self._decode, valid.decode_tokens)):
-            if len(profile) <= last:
-                raise SpecError(
-                    f"calibration {calibration.calibration}: {what}.at: got a profile to {len(profile) - 1}; "
-                    f"allowed: at least to the end of the valid range, {last}"
-                )
-        self._fixed_list = (calibration.overhead_s + self._linear).tolist()  # plain floats: the simulator's steps are scalar
-        self._decode_list = self._decode.tolist()
+        self._most: tuple[int, int, int, int] = dataclasses.astuple(calibration.valid)  # as LIMITED
+        for what, last in zip(("linear", "decode"), self._most[:2], strict=True):
+            if (end := getattr(calibration, what).at[-1]) < last:
+                came, allowed = f"a profile to {end}", f"at least to the end of the valid range, {last}"
+                raise SpecError(f"calibration {calibration.calibration}: {what}.at: got {came}; allowed: {allowed}")
+        self._fixed: list[float] = (calibration.overhead_s + calibration.linear.table()).tolist()  # plain floats are faster
+        self._decode: list[float] = calibration.decode.table().tolist()
 
     def step(self, prefill: int, decodes: int, pieces: int, pairs: int, context: int) -> float:
         """Seconds of one step without jitter. Counts as in STEP_COLUMNS, `pieces` being prefill_requests."""
-        valid, tokens = self.calibration.valid, prefill + decodes
-        if (
-            tokens > valid.tokens
-            or decodes > valid.decode_tokens
-            or pairs > valid.prefill_pairs
-            or context > valid.decode_context
-        ):
+        tokens, (most, most_decodes, most_pairs, most_context) = prefill + decodes, self._most
+        if tokens > most or decodes > most_decodes or pairs > most_pairs or context > most_context:
             self._refuse(tokens, decodes, pairs, context)
-        seconds: float = self._fixed_list[tokens] + self._decode_list[decodes] + self.context_s * context
+        seconds = self._fixed[tokens] + self._decode[decodes] + self.context_s * context
         if pieces:
-            seconds += self.pair_s * (
-                pairs + self.calibration.attention.masked_share * (prefill * prefill / pieces - prefill) / 2
-            )
+            masked = (prefill * prefill / pieces - prefill) / 2
+            seconds += self.pair_s * (pairs + self.calibration.attention.masked_share * masked)
         return seconds
 
-    def steps(self, prefill: Ints, decodes: Ints, pieces: Ints, pairs: Ints, context: Ints) -> Floats:
-        """The same for many steps; all arrays of shape (steps,)."""
-        tokens = prefill + decodes
-        self._refuse(*(int(column.max(initial=0)) for column in (tokens, decodes, pairs, context)))
-        masked = self.calibration.attention.masked_share * (prefill * prefill / np.maximum(pieces, 1) - prefill) / 2
-        fixed = self.calibration.overhead_s + self._linear[tokens]
-        return np.asarray(fixed + self._decode[decodes] + self.context_s * context + self.pair_s * (pairs + masked))
-
-    def _refuse(self, tokens: int, decodes: int, pairs: int, context: int) -> None:
-        valid = self.calibration.valid
-        for what, came, allowed in (
-            ("tokens", tokens, valid.tokens),
-            ("requests that decode", decodes, valid.decode_tokens),
-            ("query-key pairs of prefill attention", pairs, valid.prefill_pairs),
-            ("tokens of decode context", context, valid.decode_context),
-        ):
-            if came > allowed:
-                raise SpecError(
-                    f"calibration {self.calibration.calibration}: {what} in a step: got {came}; allowed: at most {allowed}"
-                )
+    def _refuse(self, *step: int) -> None:
+        for what, came, most in zip(LIMITED, step, self._most, strict=True):
+            if came > most:
+                where = f"calibration {self.calibration.calibration}: {what} in a step"
+                raise SpecError(f"{where}: got {came}; allowed: at most {most}")
 
 
 def jitter_factors(jitter: Jitter, seed: int, first: int, count: int, only_decodes: bool = False) -> Floats:

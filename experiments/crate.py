@@ -21,32 +21,29 @@ def describe_run(plan: Mapping[str, Any], files: Sequence[str], times: Sequence[
     engine: its facts.
     """
     crate = ROCrate(version="1.1")
+
+    def add(identifier: str, kind: object, **properties: object) -> ContextEntity:
+        return crate.add(ContextEntity(crate, identifier, {"@type": kind, **properties}))
+
     crate.name = f"{plan['figure']} on testbed {plan['testbed']}"
     crate.description = f"{plan['title']}: raw records of every trial. {plan['testbed_title']}."
-    crate.license = crate.add(ContextEntity(crate, LICENSE, {"@type": "CreativeWork", "name": "Apache License 2.0"}))
-    profile = crate.add(
-        ContextEntity(crate, PROFILE, {"@type": ["CreativeWork", "Profile"], "name": "Process Run Crate", "version": "0.5"})
+    crate.license = add(LICENSE, "CreativeWork", name="Apache License 2.0")
+    crate.root_dataset["conformsTo"] = add(PROFILE, ["CreativeWork", "Profile"], name="Process Run Crate", version="0.5")
+    version = str(engine.get("calibration") or engine.get(engine["engine"]))
+    software = {"name": engine["engine"], "softwareVersion": version, "url": "https://docs.vllm.ai/"}
+    commit, tree = plan["commit"]["commit"], "modified" if plan["commit"]["modified"] else "clean"
+    run = add(
+        "#run",
+        "CreateAction",
+        name=f"Run of {plan['figure']}",
+        description=f"commit {commit}, tree {tree}",
+        startTime=min(times),
+        endTime=max(times),
+        actionStatus="http://schema.org/CompletedActionStatus",
     )
-    crate.root_dataset["conformsTo"] = profile
-    properties = {
-        "@type": "SoftwareApplication",
-        "name": engine["engine"],
-        "softwareVersion": str(engine.get("calibration") or engine.get(engine["engine"])),
-    }
-    properties["url"] = "https://docs.vllm.ai/"
-    tool = crate.add(ContextEntity(crate, "#engine", properties))
-    author = crate.add(ContextEntity(crate, "#operator", {"@type": "Person", "name": "anonymous (double-blind review)"}))
-    inputs = [crate.add_file(dest_path=name, properties={"name": name}) for name in ("figure.yaml", "testbed.yaml")]
-    results = [crate.add_file(dest_path=name, properties={"name": name}) for name in files]
-    action = {
-        "@type": "CreateAction",
-        "name": f"Run of {plan['figure']}",
-        "description": f"commit {plan['commit']['commit']}, tree {'modified' if plan['commit']['modified'] else 'clean'}",
-        "startTime": min(times),
-        "endTime": max(times),
-        "actionStatus": "http://schema.org/CompletedActionStatus",
-    }
-    run = crate.add(ContextEntity(crate, "#run", action))
-    run["instrument"], run["agent"], run["object"], run["result"] = tool, author, inputs, results
+    run["instrument"] = add("#engine", "SoftwareApplication", **software)
+    run["agent"] = add("#operator", "Person", name="anonymous (double-blind review)")
+    for role, names in (("object", ("figure.yaml", "testbed.yaml")), ("result", files)):
+        run[role] = [crate.add_file(dest_path=name, properties={"name": name}) for name in names]
     crate.root_dataset["mentions"] = [run]
     return to_json(crate.metadata.generate())

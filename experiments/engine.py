@@ -95,9 +95,5 @@ class Recorder:
 
     def record(self, truncated: bool) -> Record:
         """The record of everything collected."""
-        return Record(
-            requests=frame(self.requests, REQUEST_COLUMNS),
-            steps=frame(self.steps, STEP_COLUMNS),
-            tokens=frame(self.tokens, TOKEN_COLUMNS),
-            truncated=truncated,
-        )
+        requests, steps = frame(self.requests, REQUEST_COLUMNS), frame(self.steps, STEP_COLUMNS)
+        return Record(requests, steps, frame(self.tokens, TOKEN_COLUMNS), truncated)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,7 +26,6 @@ def _serve(pipe: Connection, settings: EngineSettings) -> None:
             from experiments.vllm_engine import VllmEngine
 
             engine = VllmEngine(settings)
-            engine.check()
             pipe.send(None)
             while (job := pipe.recv()) is not None:
                 pipe.send(job[0](engine, *job[1:]))
@@ -36,6 +36,11 @@ def _serve(pipe: Connection, settings: EngineSettings) -> None:
             raise
         finally:
             os.dup2(real, 2)
+
+
+def _ask(pipe: Connection, *job: Any) -> Any:
+    pipe.send(job)
+    return pipe.recv()
 
 
 @contextmanager
@@ -53,17 +58,10 @@ def engines(settings: Sequence[EngineSettings]) -> Iterator[list[Callable[..., A
         theirs.close()
         started.append((ours, process))
 
-    def caller(pipe: Connection) -> Callable[..., Any]:
-        def call(*job: Any) -> Any:
-            pipe.send(job)
-            return pipe.recv()
-
-        return call
-
     try:
         for pipe, _ in started:
             pipe.recv()  # loaded
-        yield [caller(pipe) for pipe, _ in started]
+        yield [partial(_ask, pipe) for pipe, _ in started]
     finally:
         for pipe, process in started:
             with suppress(OSError):

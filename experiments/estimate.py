@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +14,8 @@ from experiments.metrics import of_phase, point_phase, saturation_throughput
 from experiments.provenance import machine, sha256
 from experiments.session import phases_of
 from experiments.simulator import simulated_engine
-from experiments.spec import (
-    MODELS,
-    EngineSettings,
-    Figure,
-    ServingFigure,
-    SpecError,
-    Testbed,
-    load_figure,
-    load_testbed,
-)
-from experiments.terminal import command
+from experiments.spec import MODELS, EngineSettings, Figure, SpecError, Testbed, load_figure, load_testbed
+from experiments.terminal import arguments, command, console, parse, result
 from experiments.workload import Trace, synthetic_trace
 
 HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never in git
@@ -55,10 +46,9 @@ def calibrated(session: Session) -> Session:
 
 def simulated_trial_seconds(session: Session, trial: Trial, trace: Trace | None) -> float:
     """Virtual seconds of a trial. Raises SpecError where no calibration covers the session's model and machine."""
-    engine = simulated_engine(session.engine, session.seed)
-    record = engine.run(phases_of(session, trial, trace)[0], session.time_limit_s)
-    last = record.steps.iloc[-1]
-    return float(last["start_s"] + last["seconds"])
+    phases, _ = phases_of(session, trial, trace)
+    steps = simulated_engine(session.engine, session.seed).run(phases, session.time_limit_s).steps
+    return float((steps["start_s"] + steps["seconds"]).iloc[-1])
 
 
 def simulated_saturation(session: Session, trial: Trial, trace: Trace) -> float:
@@ -96,20 +86,20 @@ def session_seconds(
                 rates[session.model] = simulated_saturation(session, session.trials[0], trace)
     found: Seconds = {}
     for session in (*first, *map(calibrated, expand(figure, testbed, replicates, rates))):
-        trials = [trial for trial in session.trials if trial.name in owed.get(session.name, ())]
-        if not trials:
-            continue
-        keys = [(session.model, trial.points[0] if trace else len(trial.points)) for trial in trials]  # seeds differ little
+        own = {LOAD: testbed.estimate.load_s}
         try:
-            for key, trial in zip(keys, trials, strict=True):
-                known[key] = known[key] if key in known else simulated_trial_seconds(session, trial, trace)
+            for trial in (trial for trial in session.trials if trial.name in owed.get(session.name, ())):
+                key = session.model, trial.points[0] if trace else len(trial.points)  # seeds differ little
+                if key not in known:
+                    known[key] = simulated_trial_seconds(session, trial, trace)
+                own[trial.name] = known[key]
         except SpecError:
             found[session.name] = _guess(session, owed[session.name])
             bases.add(f"a guess for {session.model}")
         else:
-            own = {trial.name: known[key] for key, trial in zip(keys, trials, strict=True)}
-            found[session.name] = {LOAD: testbed.estimate.load_s, **own}
-            bases.add(f"{Path(str(session.engine.calibration)).stem}, simulated")
+            if len(own) > 1:
+                found[session.name] = own
+                bases.add(f"{Path(str(session.engine.calibration)).stem}, simulated")
     return found, "; ".join(sorted(bases))
 
 
@@ -117,29 +107,27 @@ def _guess(session: Session, owed: Collection[str]) -> dict[str, float]:
     return dict.fromkeys(owed, session.estimate_s / len(session.trials))
 
 
-def load_fractions(trace: Trace, testbed_name: str = "a100-sim") -> dict[str, list[float]]:
+def load_fractions(trace: Trace) -> dict[str, list[float]]:
     """Model -> the QPS of Figure 9b as fractions of the simulated saturation throughput at the smallest chunk size."""
-    figure, testbed = load_figure("fig9b"), load_testbed(testbed_name)
-    assert isinstance(figure, ServingFigure)
     found = {}
-    for session in expand(figure, testbed, replicates=1):
-        panel = next(panel for panel in figure.panels if panel.model == session.model)
-        point = session.trials[0].points[0]
-        assert isinstance(point, LoadPoint)
-        smallest = min(trial.points[0].budget for trial in session.trials)
-        at_once = replace(point, rate=0.0, budget=smallest, requests=figure.requests)
+    for session in expand(load_figure("fig9b"), load_testbed("a100-sim"), replicates=1):
+        points = [point for trial in session.trials for point in trial.points if isinstance(point, LoadPoint)]
+        at_once = replace(min(points, key=lambda point: point.budget), rate=0.0)
         saturation = simulated_saturation(session, Trial(SATURATION, (at_once,)), trace)
-        found[session.model] = [qps / saturation for qps in sorted(panel.qps)]
+        found[session.model] = [qps / saturation for qps in sorted({point.qps for point in points})]
     return found
 
 
 @command
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the load fractions."""
+    parse(arguments("experiments.estimate", load_fractions.__doc__), argv)
     trace = synthetic_trace()
-    for model, fractions in sorted(load_fractions(trace).items()):
+    found = load_fractions(trace)
+    for model, fractions in sorted(found.items()):
         shown = ", ".join(f"{fraction:.2f}" for fraction in fractions)
-        print(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
+        console.print(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
+    result(trace=trace.name, load_fractions=found)
     return 0
 
 

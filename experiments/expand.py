@@ -6,17 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from experiments.spec import (
-    EngineSettings,
-    Figure,
-    PrefillFigure,
-    PrefillPanel,
-    ServingFigure,
-    ServingPanel,
-    SpecError,
-    Testbed,
-    load_model,
-)
+from experiments.spec import EngineSettings, Figure, Panel, PrefillFigure, ServingFigure, SpecError, Testbed, load_model
 
 REPEAT = "-repeat"  # suffix of the first trial when it is run again at the end of its session
 SATURATION = "saturation"  # the trial that measures a model's saturation throughput
@@ -91,10 +81,10 @@ def expand(
     if len(set(figure.seeds)) != len(figure.seeds):
         raise SpecError(f"{figure.figure}.seeds: got a seed twice; allowed: different seeds, or replicates are not independent")
     sessions: list[Session] = []
-    for panel in figure.panels:
-        if panel.model in testbed.models:
+    for number, model in enumerate(panel.model for panel in figure.panels):
+        if model in testbed.models:
             for seed in figure.seeds[:count]:
-                sessions += _panel_sessions(figure, panel, testbed, seed, saturation)
+                sessions += _panel_sessions(figure, number, testbed, seed, (saturation or {}).get(model, 0.0))
     if not sessions:
         wanted = ", ".join(panel.model for panel in figure.panels)
         raise SpecError(f"{testbed.testbed}.models: none of {figure.figure}'s models ({wanted})")
@@ -105,61 +95,45 @@ def saturation_sessions(figure: Figure, testbed: Testbed) -> list[Session]:
     """One session per model, to measure its saturation throughput at the smallest chunk size; none where it is not needed."""
     if not isinstance(figure, ServingFigure) or testbed.serving is None:
         return []
-    sessions = []
+    sessions, longest = [], figure.max_model_len
     for panel in (panel for panel in figure.panels if panel.model in testbed.models):
-        chunk_size = min(panel.chunk_sizes, key=lambda size: size or figure.max_model_len)
-        budget = _budget(chunk_size, figure.max_model_len, testbed, f"{figure.figure}: {panel.model}")
-        point = LoadPoint(0.0, chunk_size, 0.0, budget, min(SATURATION_REQUESTS, figure.requests), figure.max_model_len)
-        trials = (Trial(SATURATION, (point,)),)
-        sessions.append(_session(figure, panel, testbed, figure.seeds[0], trials, f"{panel.model}-{SATURATION}"))
+        size = min(panel.chunk_sizes, key=lambda size: size or longest)
+        budget = _scaled(size or longest, testbed, f"{figure.figure}: {panel.model}.chunk_sizes")
+        point = LoadPoint(0.0, size, 0.0, budget, min(SATURATION_REQUESTS, figure.requests), longest)
+        trial, name = Trial(SATURATION, (point,)), f"{panel.model}-{SATURATION}"
+        sessions.append(_session(figure, panel, testbed, figure.seeds[0], (trial,), name))
     return sessions
 
 
-def _panel_sessions(
-    figure: Figure, panel: PrefillPanel | ServingPanel, testbed: Testbed, seed: int, saturation: Mapping[str, float] | None
-) -> list[Session]:
-    """The sessions of one model and seed: one, or one per chunk size where the engine must not switch it.
+def _panel_sessions(figure: Figure, number: int, testbed: Testbed, seed: int, saturation: float) -> list[Session]:
+    """The sessions of one model and seed: one, or one per chunk size where the engine must not switch it. Each runs its first
+    trial again at the end, so that an order effect shows.
 
     Every second seed runs the order of the seed before it backwards, so that what a steady drift does to one it undoes in the
     other. With an order drawn afresh for each seed, drift alone gave up to 5 % wrong verdicts where 2.5 % are allowed.
     """
-    name, index = f"{panel.model}-seed{seed}", figure.seeds.index(seed)
+    panel, index = figure.panels[number], figure.seeds.index(seed)
+    name, direction = f"{panel.model}-seed{seed}", -1 if index % 2 else 1
     order = random.Random(f"{figure.figure}/{panel.model}-seed{figure.seeds[index - index % 2]}")
-    direction = -1 if index % 2 else 1
-    if isinstance(figure, PrefillFigure) and isinstance(panel, PrefillPanel):
-        points = _prefill_points(panel, testbed, figure)
+    if isinstance(figure, PrefillFigure):
+        points = _prefill_points(figure, number, testbed)
         orders = [order.sample(points, len(points))[::direction] for _ in range(figure.requests_per_point)][::direction]
-        passes = [Trial(f"pass-{number}", tuple(drawn)) for number, drawn in enumerate(orders)]
-        return [_session(figure, panel, testbed, seed, _repeated(passes), name)]
-    assert isinstance(figure, ServingFigure)
-    assert isinstance(panel, ServingPanel)
-    trials = _serving_trials(panel, testbed, figure, (saturation or {}).get(panel.model, 0.0))
-    if testbed.switch_chunk_size:
-        drawn = order.sample(trials, len(trials))[::direction]
-        return [_session(figure, panel, testbed, seed, _repeated(drawn), name)]
-    sessions = []
-    for chunk_size in order.sample(panel.chunk_sizes, len(panel.chunk_sizes))[::direction]:
-        own = [trial for trial in trials if trial.points[0].chunk_size == chunk_size]
-        sessions.append(_session(figure, panel, testbed, seed, _repeated(own), f"{name}-chunk{chunk_size or 'none'}"))
-    return sessions
+        groups = {name: [Trial(f"pass-{number}", tuple(drawn)) for number, drawn in enumerate(orders)]}
+    else:
+        trials = _serving_trials(figure, number, testbed, saturation)
+        if testbed.switch_chunk_size:
+            groups = {name: order.sample(trials, len(trials))[::direction]}
+        else:
+            sizes = order.sample(panel.chunk_sizes, len(panel.chunk_sizes))[::direction]
+            groups = {f"{name}-chunk{n or 'none'}": [t for t in trials if t.points[0].chunk_size == n] for n in sizes}
+    again = {name: (*own, Trial(own[0].name + REPEAT, own[0].points)) for name, own in groups.items()}
+    return [_session(figure, panel, testbed, seed, own, name) for name, own in again.items()]
 
 
-def _repeated(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """The trials, the first once more at the end, so that an order effect shows."""
-    return (*trials, Trial(trials[0].name + REPEAT, trials[0].points))
-
-
-def _session(
-    figure: Figure,
-    panel: PrefillPanel | ServingPanel,
-    testbed: Testbed,
-    seed: int,
-    trials: tuple[Trial, ...],
-    name: str,
-) -> Session:
-    shape = load_model(testbed.models[panel.model])
+def _session(figure: Figure, panel: Panel, testbed: Testbed, seed: int, trials: tuple[Trial, ...], name: str) -> Session:
+    model = testbed.models[panel.model]
     tensor_parallel = testbed.tensor_parallel or panel.tensor_parallel
-    if shape["num_key_value_heads"] % tensor_parallel:
+    if load_model(model)["num_key_value_heads"] % tensor_parallel:
         raise SpecError(f"{testbed.testbed}: tensor_parallel {tensor_parallel} does not divide {panel.model}'s KV heads")
     points = [point for trial in trials for point in trial.points]
     budgets = [point.budget for point in points]
@@ -169,21 +143,16 @@ def _session(
             f"({figure.max_batch}), or decodes alone could fill a step and starve the rest"
         )
     lengths = [point.prompt_tokens + 1 for point in points if isinstance(point, Point)]
-    settings = EngineSettings(
-        platform=testbed.platform,
-        model=testbed.models[panel.model],
+    same = ("platform", "dtype", "weights", "threads", "kv_cache_gib", "gpu_memory_utilization")
+    engine = EngineSettings(
+        model=model,
         tensor_parallel=tensor_parallel,
-        dtype=testbed.dtype,
-        weights=testbed.weights,
         max_budget=max(budgets),
         max_batch=max(1, figure.max_batch // testbed.scale),
-        max_model_len=max(lengths) if lengths else figure.max_model_len // testbed.scale,
-        threads=testbed.threads,
-        kv_cache_gib=testbed.kv_cache_gib,
-        gpu_memory_utilization=testbed.gpu_memory_utilization,
+        max_model_len=max(lengths, default=figure.max_model_len // testbed.scale),
         calibration=(testbed.calibrations or {}).get(panel.model),
+        **{name: getattr(testbed, name) for name in same},
     )
-    limit = figure.time_limit_s if isinstance(figure, ServingFigure) else Session.time_limit_s
     return Session(
         name=name,
         figure=figure.figure,
@@ -193,9 +162,9 @@ def _session(
         in_paper=panel.in_paper,
         scale=testbed.scale,
         seed=seed,
-        engine=settings,
+        engine=engine,
         trials=trials,
-        time_limit_s=testbed.serving.time_limit_s if testbed.serving else limit,
+        time_limit_s=getattr(testbed.serving or figure, "time_limit_s", Session.time_limit_s),
         estimate_s=_estimate(trials, testbed),
         memory_gib=testbed.session_memory_gib,
     )
@@ -207,35 +176,26 @@ def _scaled(value: int, testbed: Testbed, what: str) -> int:
     return value // testbed.scale
 
 
-def _budget(chunk_size: int | None, unchunked: int, testbed: Testbed, where: str) -> int:
-    return _scaled(chunk_size or unchunked, testbed, f"{where}.chunk_sizes")
-
-
-def _prefill_points(panel: PrefillPanel, testbed: Testbed, figure: PrefillFigure) -> list[Point]:
-    where = f"{figure.figure}: {panel.model}"
-    lengths = [n for n in panel.prompt_lengths if n <= (testbed.max_prompt_length or n)]
+def _prefill_points(figure: PrefillFigure, number: int, testbed: Testbed) -> list[Point]:
+    panel, most = figure.panels[number], testbed.max_prompt_length
+    where, lengths = f"{figure.figure}: {panel.model}", [n for n in panel.prompt_lengths if n <= (most or n)]
     if not lengths:
-        raise SpecError(
-            f"{where}: no prompt length is within max_prompt_length {testbed.max_prompt_length} of {testbed.testbed}"
-        )
+        raise SpecError(f"{where}: no prompt length is within max_prompt_length {most} of {testbed.testbed}")
     if min(lengths) < 2 * testbed.scale or max(lengths) > figure.max_model_len:
         allowed = f"{2 * testbed.scale} to max_model_len ({figure.max_model_len})"
         raise SpecError(f"{where}.prompt_lengths: got {lengths}; allowed: {allowed}")
-    return [
-        Point(
-            prompt_length=length,
-            chunk_size=chunk_size,
-            prompt_tokens=_scaled(length, testbed, f"{where}.prompt_lengths") - 1,
-            budget=_budget(chunk_size, max(lengths), testbed, where),
-        )
-        for length in lengths
-        for chunk_size in panel.chunk_sizes
-    ]
+    points = []
+    for length in lengths:
+        tokens = _scaled(length, testbed, f"{where}.prompt_lengths") - 1
+        for size in panel.chunk_sizes:
+            points.append(Point(length, size, tokens, _scaled(size or max(lengths), testbed, f"{where}.chunk_sizes")))
+    return points
 
 
-def _serving_trials(panel: ServingPanel, testbed: Testbed, figure: ServingFigure, saturation: float) -> list[Trial]:
+def _serving_trials(figure: ServingFigure, number: int, testbed: Testbed, saturation: float) -> list[Trial]:
     """A trial for each (QPS, chunk size). Rate and number of requests depend on the QPS alone, so chunk sizes are paired."""
-    where, mapped = f"{figure.figure}: {panel.model}", testbed.serving
+    panel, mapped, longest = figure.panels[number], testbed.serving, figure.max_model_len
+    where = f"{figure.figure}: {panel.model}"
     fractions = sorted(mapped.load_fractions.get(panel.model, ())) if mapped else []
     if mapped and len(fractions) != len(panel.qps):
         came = f"{testbed.testbed}.serving.load_fractions: got {len(fractions)} for {panel.model}"
@@ -246,10 +206,10 @@ def _serving_trials(panel: ServingPanel, testbed: Testbed, figure: ServingFigure
         if mapped:
             rate = round(saturation * fractions[rank], 4)
             requests = min(figure.requests, max(FEWEST_REQUESTS, round(rate * mapped.trial_seconds)))
-        for chunk_size in panel.chunk_sizes:
-            budget = _budget(chunk_size, figure.max_model_len, testbed, where)
-            point = LoadPoint(qps, chunk_size, rate, budget, requests, figure.max_model_len)
-            trials.append(Trial(f"qps{qps:g}-chunk{chunk_size or 'none'}", (point,)))
+        for size in panel.chunk_sizes:
+            budget = _scaled(size or longest, testbed, f"{where}.chunk_sizes")
+            point = LoadPoint(qps, size, rate, budget, requests, longest)
+            trials.append(Trial(f"qps{qps:g}-chunk{size or 'none'}", (point,)))
     return trials
 
 
@@ -262,8 +222,6 @@ def _estimate(trials: Sequence[Trial], testbed: Testbed) -> float:
             seconds += -(-point.prompt_tokens // point.budget) * cost.step_s + point.prompt_tokens * cost.token_s
         elif testbed.platform == "simulated":
             seconds += point.requests * STEPS_PER_REQUEST * cost.step_s  # to compute, whatever the virtual time
-        elif testbed.serving:
-            seconds += testbed.serving.trial_seconds * 1.2
         else:
-            seconds += point.requests / point.rate * 1.1
+            seconds += testbed.serving.trial_seconds * 1.2 if testbed.serving else point.requests / point.rate * 1.1
     return seconds

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from experiments.cost_model import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
 from experiments.provenance import gpus
 from experiments.spec import EngineSettings, SpecError, load_model
+from experiments.terminal import arguments, command, console, parse, result
 
 GPU, PAIR = "gpu-", "nvlink-"  # gpu-0, nvlink-0-1: numbers as nvidia-smi counts
 RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, CUDA graphs: a round figure, not measured here
@@ -24,19 +25,17 @@ RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, CUDA graphs: a round figure, n
 
 def nvlink_pairs(topology: str) -> list[tuple[int, int]]:
     """Pairs of GPUs joined by NVLink, no GPU in two, most links first; from the matrix that `nvidia-smi topo -m` prints."""
-    lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()]
-    header = next((line for line in lines if line[:1] == ["GPU0"] and "X" not in line), [])
-    columns = [int(cell[3:]) for cell in header if re.fullmatch(r"GPU\d+", cell)]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", topology)
+    header, *rows = [line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)] or [[]]
+    numbers = [int(cell[3:]) for cell in header if re.fullmatch(r"GPU\d+", cell)]
     links = []
-    for row in lines:
-        if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row:
-            first = int(row[0][3:])
-            for second, cell in zip(columns, row[1:], strict=False):
-                if first < second and (joined := re.fullmatch(r"NV(\d+)", cell)):
-                    links.append((-int(joined[1]), first, second))
+    for first, row in zip(numbers, rows, strict=False):
+        for second, cell in zip(numbers, row[1:], strict=False):
+            if first < second and re.fullmatch(r"NV\d+", cell):
+                links.append((-int(cell[2:]), first, second))
     pairs: list[tuple[int, int]] = []
     for _, first, second in sorted(links):
-        if not {first, second} & {number for pair in pairs for number in pair}:
+        if not {first, second} & set(chain(*pairs)):
             pairs.append((first, second))
     return pairs
 
@@ -45,13 +44,12 @@ def resources() -> dict[str, float]:
     """Ray resources of this machine; empty without GPUs. CUDA_VISIBLE_DEVICES narrows them, if it holds numbers."""
     numbers = set(range(len(gpus())))
     if visible := re.fullmatch(r"\d+(,\d+)*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-        numbers &= {int(number) for number in visible[0].split(",")}
+        numbers &= set(map(int, visible[0].split(",")))
     if not numbers:
         return {}
-    command = [shutil.which("nvidia-smi") or "nvidia-smi", "topo", "-m"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = {f"{GPU}{number}": 1.0 for number in sorted(numbers)}
-    return found | {f"{PAIR}{a}-{b}": 1.0 for a, b in nvlink_pairs(printed) if {a, b} <= numbers}
+    printed = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False).stdout
+    pairs = [f"{PAIR}{a}-{b}" for a, b in nvlink_pairs(printed) if {a, b} <= numbers]
+    return dict.fromkeys([*(f"{GPU}{number}" for number in sorted(numbers)), *pairs], 1.0)
 
 
 def places(tensor_parallel: int, total: Mapping[str, float]) -> list[tuple[str, ...]]:
@@ -60,11 +58,11 @@ def places(tensor_parallel: int, total: Mapping[str, float]) -> list[tuple[str, 
     One GPU, those in no pair first; or a pair joined by NVLink with both its GPUs. Larger sizes have no place.
     """
     pairs = [name for name in sorted(total) if name.startswith(PAIR)]
-    both = {name: tuple(GPU + number for number in name.removeprefix(PAIR).split("-")) for name in pairs}
-    if tensor_parallel == 1:
-        paired = {gpu for members in both.values() for gpu in members}
-        return [(name,) for name in sorted(total, key=lambda name: (name in paired, name)) if name.startswith(GPU)]
-    return [(name, *both[name]) for name in pairs] if tensor_parallel == 2 else []
+    both = [tuple(GPU + number for number in name.removeprefix(PAIR).split("-")) for name in pairs]
+    if tensor_parallel == 2:
+        return [(pair, *members) for pair, members in zip(pairs, both, strict=True)]
+    unpaired_first = sorted((name in chain(*both), name) for name in total if name.startswith(GPU))
+    return [(name,) for _, name in unpaired_first] if tensor_parallel == 1 else []
 
 
 def devices(names: Iterable[str]) -> str:
@@ -90,17 +88,26 @@ def gpu_memory_gib(settings: EngineSettings) -> dict[str, float]:
 
 def check_gpu_memory(settings: EngineSettings, gpu_gib: float) -> str:
     """What an engine takes of a GPU of that size, in a line. Raises SpecError if it is too much, before anything is loaded."""
-    needs = gpu_memory_gib(settings)
-    have = gpu_gib * (settings.gpu_memory_utilization or 1.0)
+    needs, share = gpu_memory_gib(settings), settings.gpu_memory_utilization or 1.0
+    have, total = gpu_gib * share, sum(needs.values())
     parts = " + ".join(f"{gib:.1f} {name}" for name, gib in needs.items())
-    if sum(needs.values()) > have:
+    if total > have:
         raise SpecError(
-            f"{settings.model}: GPU memory: got {parts} = {sum(needs.values()):.1f} GiB per GPU; allowed: {have:.1f}, "
-            f"{settings.gpu_memory_utilization or 1.0:g} of {gpu_gib:g}; use shorter prompts, or more or larger GPUs"
+            f"{settings.model}: GPU memory: got {parts} = {total:.1f} GiB per GPU; allowed: {have:.1f}, "
+            f"{share:g} of {gpu_gib:g}; use shorter prompts, or more or larger GPUs"
         )
     return f"{parts} GiB of {have:.1f} per GPU"
 
 
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the resources, with or without --json."""
+    parse(arguments("experiments.gpus", "A node's resources as JSON for `ray start`."), argv)
+    found = resources()
+    console.print(json.dumps(found), markup=False)
+    result(**found)
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(resources()))
-    sys.exit(0)
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,28 @@ import psutil
 
 from experiments import gpus
 from experiments.spec import PACKAGE, SpecError
+from experiments.terminal import arguments, console, parse, result
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
-QUIET |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a minute otherwise, until a run notices that Ray's server is gone
-
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute otherwise, until a run notices that Ray's server is gone
+}
 PORT = 6379  # Ray's default
 STORE_BYTES = 256 * 2**20  # for records on their way, at most a few MB each
 
 SWEEPER = """
-import shutil, sys, time, psutil
+import contextlib, shutil, sys, time, psutil
 driver, folder = int(sys.argv[1]), sys.argv[2]
 sys.stdin.read()  # ends when the driver has ended, however it did
 for _ in range(50):
-    left = []
+    left = False
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.Error, OSError):
             if process.pid != driver and any(file.path.startswith(folder) for file in process.open_files()):
-                left.append(process)
+                left = True
                 process.kill()
-        except (psutil.Error, OSError):
-            pass
     if not left:
         break
     time.sleep(0.1)
@@ -62,8 +65,8 @@ def _sweeper(folder: str) -> Iterator[None]:
     closing = threading.Event()
 
     def keep() -> None:
-        while True:
-            subprocess.Popen(command, stdin=theirs, start_new_session=True).wait()
+        while True:  # once at least
+            subprocess.run(command, stdin=theirs, start_new_session=True, check=False)
             if closing.is_set():
                 return
 
@@ -88,13 +91,18 @@ def ray_cluster() -> Iterator[Any]:
     import ray
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     with contextlib.ExitStack() as stack:
         folder = None
         if not address or not _node_here(address):
             folder = tempfile.mkdtemp(prefix="chunked-ray-")
             stack.enter_context(_sweeper(folder))
-        _start(ray, address, folder)
+        try:
+            if address and folder:
+                _join(address, folder)
+            ray.init(**_options(address), log_to_driver=False, logging_level="error", _temp_dir=folder)
+        except (OSError, ValueError):  # ConnectionError is one
+            remedy = "no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN"
+            raise SpecError(f"RAY_ADDRESS: got {address!r}; {remedy}") from None
         stack.callback(ray.shutdown)
         for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
             signal.signal(number, handler)
@@ -104,44 +112,25 @@ def ray_cluster() -> Iterator[Any]:
 def _node_here(address: str) -> bool:
     """Whether a node of that cluster is seen on this machine; one in another container is not."""
     host, _, port = address.rpartition(":")
-    wanted = {f"--gcs-address={ip}:{port}" for ip in (host, "127.0.0.1")} if host not in ("127.0.0.1", "localhost") else set()
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet":
-            for word in process.info["cmdline"] or ():
-                if word in wanted or (not wanted and word.startswith("--gcs-address=") and word.endswith(f":{port}")):
-                    return True
-    return False
+    hosts = ".*" if host in ("127.0.0.1", "localhost") else f"({re.escape(host)}|127.0.0.1)"
+    raylets = (p.info["cmdline"] or () for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet")
+    return any(re.fullmatch(f"--gcs-address={hosts}:{re.escape(port)}", word) for words in raylets for word in words)
 
 
-def _start(ray: Any, address: str | None, folder: str | None) -> None:
-    try:
-        if address:
-            if folder:  # a driver speaks to the cluster through a node beside it: one of its own, on which nothing runs
-                _join(address, folder)
-            # The nodes need the environment, not this checkout: the code travels with the job.
-            code = {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}
-            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=code, _temp_dir=folder)
-        else:
-            ray.init(
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                object_store_memory=STORE_BYTES,
-                resources=gpus.resources(),
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
-            )
-    except (OSError, ValueError):  # ConnectionError is one
-        raise SpecError(
-            f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN"
-        ) from None
+def _options(address: str | None) -> dict[str, Any]:
+    if address:  # the nodes need the environment, not this checkout: the code travels with the job
+        return {"address": address, "runtime_env": {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}}
+    own = {"object_store_memory": STORE_BYTES, "resources": gpus.resources()}
+    return {**own, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
 
 
 def _join(address: str, folder: str) -> None:
-    """Make this driver's place a node of the cluster, without cores. Raises ConnectionError if no cluster answers there."""
+    """Make this driver's place a node of the cluster, without cores: a driver speaks to it through a node beside it.
+
+    Raises ConnectionError if no cluster answers there.
+    """
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=5):  # Ray would try for minutes
-        pass
+    socket.create_connection((host, int(port)), timeout=5).close()  # Ray would try for minutes
     command = [*_ray_start(f"--address={address}"), f"--temp-dir={folder}", "--num-cpus=0", "--num-gpus=0"]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=60)
@@ -167,19 +156,23 @@ def _ray_start(*where: str) -> list[str]:
     return [ray, "start", *where, *own, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Become the node. A head without RAY_AUTH_TOKEN makes one: whoever reaches a Ray cluster without may run what he likes."""
+    parse(arguments("experiments.local_ray", "Make this machine a node of a Ray cluster, until interrupted."), argv)
     os.environ.update(QUIET)
     address = os.environ.pop("RAY_ADDRESS", None)
     if not address and not os.environ.get("RAY_AUTH_TOKEN"):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     authenticate()
-    if not address:
-        ip = os.environ.get("NODE_IP") or "ADDRESS OF THIS MACHINE"
-        print(
-            f"on the others, and for runs: export RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']} RAY_ADDRESS={ip}:{PORT}",
-            flush=True,
-        )
+    if address:
+        result(RAY_ADDRESS=address)
+    else:
+        ip, token = os.environ.get("NODE_IP") or "ADDRESS OF THIS MACHINE", os.environ["RAY_AUTH_TOKEN"]
+        console.print(f"on the others, and for runs: export RAY_AUTH_TOKEN={token} RAY_ADDRESS={ip}:{PORT}")
+        result(RAY_AUTH_TOKEN=token, RAY_ADDRESS=f"{ip}:{PORT}")
+    sys.stdout.flush()
+    if console.quiet:  # Ray's own words, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     command = node_command(address)
     os.execv(command[0], command)
 

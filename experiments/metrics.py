@@ -19,11 +19,10 @@ def prefill_seconds(record: Record) -> pd.Series:
     For records in which one request runs at a time and asks for one token, as in Figure 9a, these are the steps from its
     first to its last; the original sums the steps that hold no decode token, which are the same. NaN if it did not finish.
     """
-    cumulative = record.steps["seconds"].cumsum()
-    before = cumulative.shift(1, fill_value=0.0)
+    spent_by = np.concatenate([[0.0], record.steps["seconds"].cumsum()])  # the start of each step
     requests = record.requests.set_index("phase")
     finished = requests[requests["last_step"] >= 0]
-    spent = cumulative.to_numpy()[finished["last_step"]] - before.to_numpy()[finished["first_step"]]
+    spent = spent_by[finished["last_step"] + 1] - spent_by[finished["first_step"]]
     return pd.Series(spent, index=finished.index).reindex(requests.index)
 
 
@@ -54,17 +53,9 @@ def request_metrics(record: Record) -> pd.DataFrame:
     requests = record.requests[record.requests["last_step"] >= 0].set_index("request")
     times = record.tokens.groupby("request")["time_s"].agg(["first", "last"]).reindex(requests.index)
     starts = record.steps["start_s"].reindex(requests["first_step"]).to_numpy()
-    arrival = requests["arrival_s"]
-    latency = times["last"] - arrival
-    return pd.DataFrame(
-        {
-            "ttft": times["first"] - arrival,
-            "scheduling_delay": starts - arrival,
-            "latency": latency,
-            "normalized_latency": latency / requests["generated_tokens"],
-            "lateness": requests["injected_s"] - arrival,
-        }
-    )
+    moments = {"ttft": times["first"], "scheduling_delay": starts, "latency": times["last"], "lateness": requests["injected_s"]}
+    found = pd.DataFrame(moments).sub(requests["arrival_s"], axis=0)
+    return found.assign(normalized_latency=found["latency"] / requests["generated_tokens"])
 
 
 def tbt(record: Record) -> npt.NDArray[np.float64]:
@@ -98,12 +89,13 @@ def serving_metrics(record: Record) -> dict[str, float]:
     for name, sample in (("ttft", requests["ttft"]), ("tbt", gaps), ("scheduling_delay", requests["scheduling_delay"])):
         for percent in (50, 90, 99):
             values[f"{name}_p{percent}"] = float(np.percentile(sample, percent)) if len(sample) else math.nan
-    values["normalized_latency_p50"] = float(requests["normalized_latency"].median())
-    values["lateness_p99"] = float(np.percentile(requests["lateness"], 99)) if len(requests) else math.nan
-    values["output_tokens_per_s"] = len(record.tokens) / seconds
-    values["requests_per_s"] = len(requests) / seconds
-    values["utilisation"] = float(record.steps["seconds"].sum()) / seconds
-    return values
+    return values | {
+        "normalized_latency_p50": float(requests["normalized_latency"].median()),
+        "lateness_p99": float(requests["lateness"].quantile(0.99)),
+        "output_tokens_per_s": len(record.tokens) / seconds,
+        "requests_per_s": len(requests) / seconds,
+        "utilisation": float(record.steps["seconds"].sum()) / seconds,
+    }
 
 
 def saturation_throughput(record: Record) -> float:

@@ -6,11 +6,9 @@ All sessions of a model run on one type of machine: replicates on unlike machine
 
 from __future__ import annotations
 
-import copy
-import heapq
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from experiments import gpus
 from experiments.expand import Session
@@ -79,26 +77,24 @@ def take(session: Session, nodes: Iterable[Node], machine: str) -> Place | None:
 
 
 def foretell(
-    sessions: Sequence[Session], seconds: Mapping[str, float], nodes: Sequence[Node], machines: Mapping[str, str]
+    sessions: Sequence[Session], seconds: Mapping[str, float], nodes: Sequence[Node], machines: dict[str, str], now: float = 0
 ) -> list[Slot]:
-    """The schedule of these sessions on idle nodes, longest first, in the order in which they start.
+    """The schedule of these sessions on idle nodes from `now` on, longest first, in the order in which they start.
 
     seconds: session -> duration. machines: model -> type of machine, on which every session must have room.
     """
-    nodes = [copy.copy(node) for node in nodes]
-    for node in nodes:
-        node.free = dict(node.total)
-    waiting, now, count = longest_first(sessions, seconds), 0.0, itertools.count()
-    running: list[tuple[float, int, Place]] = []
-    slots = []
+    nodes = [replace(node) for node in nodes]
+    waiting, slots = longest_first(sessions, seconds), list[Slot]()
+    running: list[tuple[float, Place]] = []
     while waiting or running:
         for session in tuple(waiting):
             if place := take(session, nodes, machines[session.model]):
                 waiting.remove(session)
                 end = now + seconds[session.name]
                 slots.append(Slot(session.name, place.node.name, now, end))
-                heapq.heappush(running, (end, next(count), place))
-        now, _, place = heapq.heappop(running)
+                running.append((end, place))
+        running.sort(key=lambda ending: ending[0])
+        now, place = running.pop(0)
         place.give_back()
     return slots
 
@@ -135,18 +131,16 @@ def choose_machines(
 def _impossible(session: Session, nodes: Sequence[Node], fixed: str | None) -> str:
     """Why no node can hold the session, and what would help."""
     name, parallel = f"{session.model}: cluster of {len(nodes)} node{'s'[: len(nodes) != 1]}", session.engine.tensor_parallel
-    if fixed and not any(node.machine == fixed for node in nodes):
-        return f"{name}: got {_types(nodes)}; its finished trials are of {fixed}: add such a node, or choose another OUT"
+    types = {node.machine for node in nodes}
+    if fixed and fixed not in types:
+        got = ", ".join(sorted(types))
+        return f"{name}: got {got}; its finished trials are of {fixed}: add such a node, or choose another OUT"
     if session.engine.platform == "cuda":
         if not any(resource.startswith(gpus.GPU) for node in nodes for resource in node.total):
             return f'{name}: no GPU is declared; start each node with: ray start --resources="$(python -m experiments.gpus)"'
         if not any(gpus.places(parallel, node.total) for node in nodes):
             wanted = "a pair of GPUs joined by NVLink on one node; nvidia-smi topo -m shows none"
             return f"{name}: tensor parallel size {parallel} needs {wanted}"
-    most = max((node.total.get("memory", 0.0) for node in nodes), default=0.0) / GIB
-    cores = max((node.total.get("CPU", 0.0) for node in nodes), default=0.0)
-    return f"{name}: got {most:.1f} GiB and {cores:g} cores at most; a session needs {session.memory_gib:g} GiB on one node"
-
-
-def _types(nodes: Collection[Node]) -> str:
-    return ", ".join(sorted({node.machine for node in nodes}))
+    cores, memory = (max((node.total.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "memory"))
+    have = f"{memory / GIB:.1f} GiB and {cores:g} cores at most"
+    return f"{name}: got {have}; a session needs {session.memory_gib:g} GiB on one node"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +17,34 @@ from experiments.gpus import check_gpu_memory, resources
 from experiments.metrics import of_phase, point_phase, saturation_throughput
 from experiments.placement import GIB, Node, Slot, choose_machines, foretell, makespan
 from experiments.provenance import commit, identity, machine, sha256
-from experiments.spec import FIGURES, TESTBEDS, Figure, ServingFigure, SpecError, Testbed, load_figure
+from experiments.spec import FIGURES, TESTBEDS, ServingFigure, SpecError, load_figure, path_of
 from experiments.store import Run, read_trial
-from experiments.workload import Trace, choose_trace
+from experiments.workload import choose_trace
 
 MB_PER_TRIAL = 0.05
 SLOTS_SHOWN = 24  # of a plan; the rest is a number
 
 
-def spec_path(name: str, folder: Path) -> Path:
-    """The file behind a figure's or testbed's name."""
-    return Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-
-
 class Plan:
     """A figure on a testbed, with what is done and what is owed."""
 
-    def __init__(
-        self, figure_name: str, testbed_name: str, replicates: int | None, out: Path, trace: str | None = None
-    ) -> None:
-        self.figure: Figure = load_figure(figure_name)
-        self.testbed: Testbed
-        self.testbed, self.reason = doctor.choose_testbed(testbed_name, out)
-        self.replicates = replicates
-        self.figure_path = spec_path(figure_name, FIGURES)
-        self.testbed_path = spec_path(testbed_name if testbed_name != "auto" else self.testbed.testbed, TESTBEDS)
-        self.trace: Trace | None = None
-        if isinstance(self.figure, ServingFigure):
-            self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
+    def __init__(self, figure: str, testbed: str, replicates: int | None, out: Path, trace: str | None = None) -> None:
+        self.figure, self.figure_path, self.replicates = load_figure(figure), path_of(figure, FIGURES), replicates
+        self.testbed, self.reason = doctor.choose_testbed(testbed, out)
+        self.testbed_path = path_of(testbed if testbed != "auto" else self.testbed.testbed, TESTBEDS)
+        serving = isinstance(self.figure, ServingFigure)
+        self.trace = choose_trace(trace, max_total=self.figure.max_model_len) if serving else None
         inputs = {"trace": self.trace.sha256} if self.trace else {}
         if self.testbed.platform == "simulated":
-            names = sorted(set((self.testbed.calibrations or {}).values()))
-            inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in names}
-        made_of = identity(self.figure_path, self.testbed_path, inputs)
-        self.run = Run(out / f"{self.figure.figure}-{self.testbed.testbed}", made_of)
+            inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in (self.testbed.calibrations or {}).values()}
+        folder = out / f"{self.figure.figure}-{self.testbed.testbed}"
+        self.run = Run(folder, identity(self.figure_path, self.testbed_path, inputs))
         self.saturation = saturation_sessions(self.figure, self.testbed)
         self.measured: dict[str, float] = {}  # model -> saturation throughput, requests per second
         self.sessions = self.expand()
-        self.memory: dict[str, str] = {}
-        if self.testbed.platform == "cuda":
-            for session in self.sessions:
-                self.memory[session.model] = check_gpu_memory(session.engine, self.testbed.requires.gpu_memory_gib)
+        gpu_gib, on_gpus = self.testbed.requires.gpu_memory_gib, self.testbed.platform == "cuda"
+        self.memory = {s.model: check_gpu_memory(s.engine, gpu_gib) for s in self.sessions if on_gpus}
+        self.not_run = [panel.model for panel in self.figure.panels if panel.model not in self.testbed.models]
 
     def expand(self) -> list[Session]:
         """The sessions; those that measure the saturation throughput come apart, first."""
@@ -68,109 +54,111 @@ class Plan:
                 self.measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
         return expand(self.figure, self.testbed, self.replicates, self.measured)
 
+    @property
+    def all_sessions(self) -> list[Session]:
+        """Those that measure the saturation throughput included."""
+        return [*self.saturation, *self.sessions]
+
     def owed(self) -> dict[str, list[str]]:
         """Session -> trials that are not there yet."""
         done = self.run.complete()
-        every = [*self.saturation, *self.sessions]
-        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in every}
+        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in self.all_sessions}
         return {name: trials for name, trials in missing.items() if trials}
 
-    @cached_property
-    def fixed_machines(self) -> dict[str, str]:
+    def _fixed_machines(self) -> dict[str, str]:
         """Model -> the type of machine that its finished trials are of: the others must be of it too."""
         found: dict[str, str] = {}
-        for session in (*self.saturation, *self.sessions):
-            places = (self.run.find(session.name, trial.name) for trial in session.trials if session.model not in found)
-            if path := next(filter(None, places), None):
-                found[session.model] = json.loads((path / "trial.json").read_text())["machine"]["type"]
+        for session in self.all_sessions:
+            for trial in session.trials:
+                if session.model not in found and (path := self.run.find(session.name, trial.name)):
+                    found[session.model] = json.loads((path / "trial.json").read_text())["machine"]["type"]
         return found
 
-    def seconds(self, owed: Mapping[str, Sequence[str]]) -> tuple[Seconds, str]:
-        """Seconds of what is owed, session by session, trial by trial, and what that rests on."""
-        return session_seconds(self.figure, self.testbed, self.replicates, self.measured, owed, self.trace)
+    def schedule(self, nodes: Sequence[Node], seconds: Seconds) -> tuple[list[Slot], dict[str, str]]:
+        """What is owed, placed on these nodes, and the type of machine for each model.
 
-    def schedule(self, nodes: Sequence[Node], seconds: Seconds) -> Schedule:
-        """What is owed, placed on these nodes: saturation first, as the rates of all else rest on it.
-
-        Raises SpecError for a session that no node could hold.
+        Saturation comes first, as the rates of all else rest on it. Raises SpecError for a session that no node could hold.
         """
         totals = {name: sum(trials.values()) for name, trials in seconds.items()}
-        stages = [[s for s in stage if s.name in seconds] for stage in (self.saturation, self.sessions)]
-        machines = choose_machines([*stages[0], *stages[1]], totals, nodes, self.fixed_machines)
-        first, rest = (foretell(stage, totals, nodes, machines) for stage in stages)
-        begin = makespan(first)
-        later = [replace(slot, start_s=slot.start_s + begin, end_s=slot.end_s + begin) for slot in rest]
-        return Schedule((*first, *later), machines, {node.name: node.machine for node in nodes})
-
-    def gpu_hours(self, seconds: Seconds) -> float:
-        """GPU hours of what is owed; 0 without GPUs."""
-        parallel = {s.name: s.engine.tensor_parallel for s in (*self.saturation, *self.sessions)}
-        own = sum(parallel[name] * sum(trials.values()) for name, trials in seconds.items())
-        return own / 3600 if self.testbed.platform == "cuda" else 0.0
+        first, rest = ([s for s in stage if s.name in seconds] for stage in (self.saturation, self.sessions))
+        machines = choose_machines([*first, *rest], totals, nodes, self._fixed_machines())
+        slots = foretell(first, totals, nodes, machines)
+        return [*slots, *foretell(rest, totals, nodes, machines, makespan(slots))], machines
 
     def describe(self) -> dict[str, Any]:
         """The plan as data: what the run will be, for people's scripts and for the bag."""
         return {
+            **{name: getattr(self.testbed, name) for name in ("testbed", "platform", "scale", "may_preempt")},
             "figure": self.figure.figure,
             "title": self.figure.title,
-            "testbed": self.testbed.testbed,
             "testbed_title": self.testbed.title,
-            "platform": self.testbed.platform,
-            "scale": self.testbed.scale,
             "identity": self.run.identity,
             "commit": commit(),
-            "may_preempt": self.testbed.may_preempt,
             "requires": asdict(self.testbed.requires),
             "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
-            "sessions": {s.name: [t.name for t in s.trials] for s in (*self.saturation, *self.sessions)},
-            "not_run": [p.model for p in self.figure.panels if p.model not in self.testbed.models],
+            "sessions": {s.name: [t.name for t in s.trials] for s in self.all_sessions},
+            "not_run": self.not_run,
         }
 
-    def text(self, nodes: Sequence[Node] = ()) -> str:
-        """The plan for people, with its schedule on these nodes if they are given."""
-        owed = self.owed()
-        seconds, basis = self.seconds(owed)
-        trials = sum(len(s.trials) for s in (*self.saturation, *self.sessions))
-        per_model = Counter(s.model for s in self.sessions)
+    def outlook(self, owed: Mapping[str, Sequence[str]], nodes: Sequence[Node] = ()) -> dict[str, Any]:
+        """What is owed as data, with its schedule on these nodes if they are given: times in seconds, disk in MB.
+
+        A session's `seconds` are those of loading its engine and of each trial; `basis` is what they rest on.
+        """
+        seconds, basis = session_seconds(self.figure, self.testbed, self.replicates, self.measured, owed, self.trace)
+        totals = {name: sum(own.values()) for name, own in seconds.items()}
+        trials, slots, problem = sum(len(session.trials) for session in self.all_sessions), list[Slot](), None
+        if nodes and self.testbed.platform != "simulated":
+            try:
+                slots, _ = self.schedule(nodes, seconds)
+            except SpecError as error:
+                problem = str(error)
+        unplaced: dict[str, Any] = {"node": None, "start_s": None, "end_s": None}
+        sessions = [asdict(slot) for slot in slots] or [{"session": name, **unplaced} for name in seconds]
+        gpus = {s.name: s.engine.tensor_parallel if self.testbed.platform == "cuda" else 0 for s in self.all_sessions}
+        return {
+            "figure": self.figure.figure,
+            "testbed": self.testbed.testbed,
+            "sessions": [session | {"seconds": seconds[session["session"]]} for session in sessions],
+            "nodes": {node.name: node.machine for node in nodes},
+            "trials": trials,
+            "trials_to_run": sum(map(len, owed.values())),
+            "makespan_s": makespan(slots) or sum(totals.values()),
+            "gpu_hours": sum(gpus[name] * total for name, total in totals.items()) / 3600,
+            "disk_mb": trials * MB_PER_TRIAL,
+            "basis": basis,
+            "no_schedule": problem,
+        }
+
+    def text(self, outlook: Mapping[str, Any]) -> str:
+        """An outlook for people."""
+        models = Counter(session.model for session in self.sessions)
+        placed = [each for each in outlook["sessions"] if each["node"]]
+        hours = f", {outlook['gpu_hours']:.1f} GPU hours" if self.testbed.platform == "cuda" else ""
+        where = f" on {len(outlook['nodes'])} nodes" if len(outlook["nodes"]) > 1 and placed else ""
+        cost = f"{outlook['makespan_s'] / 60:.1f} min{where}{hours} ({outlook['basis']}), {outlook['disk_mb']:.1f} MB of disk"
         lines = [
             f"figure    {self.figure.figure}: {self.figure.title}",
             f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
-            *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in per_model.items()),
-            *(f"model     {model}: not on this testbed" for model in self.describe()["not_run"]),
+            *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in models.items()),
+            *(f"model     {model}: not on this testbed" for model in self.not_run),
             *([f"trace     {self.trace.name} ({self.trace.kind}, {len(self.trace.prompt):,} requests)"] if self.trace else []),
             *(f"memory    {model}: {line}" for model, line in self.memory.items()),
-            f"trials    {trials} in all, {sum(map(len, owed.values()))} to run",
+            f"trials    {outlook['trials']} in all, {outlook['trials_to_run']} to run",
+            *([f"schedule  none here: {outlook['no_schedule']}"] if outlook["no_schedule"] else []),
+            f"estimate  {cost}; nothing to attend to",
+            *map(_slot_line, placed[:SLOTS_SHOWN]),
+            *([f"          and {len(placed) - SLOTS_SHOWN} sessions more"] if len(placed) > SLOTS_SHOWN else []),
+            f"outputs   {self.run.folder}",
         ]
-        slots: tuple[Slot, ...] = ()
-        total = sum(sum(own.values()) for own in seconds.values())
-        if nodes and owed and self.testbed.platform != "simulated":
-            try:
-                slots = self.schedule(nodes, seconds).slots
-                total = makespan(slots)
-            except SpecError as error:
-                lines.append(f"schedule  none here: {error}")
-        gpu_hours = f", {self.gpu_hours(seconds):.1f} GPU hours" if self.testbed.platform == "cuda" else ""
-        where = f" on {len(nodes)} nodes" if len(nodes) > 1 and slots else ""
-        disk = f"{trials * MB_PER_TRIAL:.1f} MB of disk"
-        lines.append(f"estimate  {total / 60:.1f} min{where}{gpu_hours} ({basis}), {disk}; nothing to attend to")
-        lines += [_slot_line(slot, seconds[slot.session]) for slot in slots[:SLOTS_SHOWN]]
-        lines += [f"          and {len(slots) - SLOTS_SHOWN} sessions more"] if len(slots) > SLOTS_SHOWN else []
-        return "\n".join([*lines, f"outputs   {self.run.folder}"])
+        return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When which session is to run on which node; the type of machine of each model and of each node."""
-
-    slots: tuple[Slot, ...]
-    machines: dict[str, str]
-    nodes: dict[str, str]
-
-
-def _slot_line(slot: Slot, trials: Mapping[str, float]) -> str:
-    when = " to ".join(f"{int(t) // 3600}:{int(t) // 60 % 60:02}:{int(t) % 60:02}" for t in (slot.start_s, slot.end_s))
-    each = " + ".join(f"{seconds:.0f}" for seconds in trials.values())
-    return f"  {slot.node:8}{when}  {slot.session} ({each} s)"
+def _slot_line(slot: Mapping[str, Any]) -> str:
+    times = (int(slot["start_s"]), int(slot["end_s"]))
+    when = " to ".join(f"{t // 3600}:{t // 60 % 60:02}:{t % 60:02}" for t in times)
+    each = " + ".join(f"{seconds:.0f}" for seconds in slot["seconds"].values())
+    return f"  {slot['node']:8}{when}  {slot['session']} ({each} s)"
 
 
 def local_node() -> Node:

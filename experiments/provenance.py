@@ -58,53 +58,41 @@ def commit() -> dict[str, Any]:
         return {"commit": value.removesuffix("-dirty"), "modified": value.endswith("-dirty")}
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return {"commit": None, "modified": None}
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return {"commit": head.stdout.strip() or None, "modified": bool(status.stdout.strip())}
+    asked = (["git", "-C", str(ROOT), *words] for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    head, status = (subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() for words in asked)
+    return {"commit": head or None, "modified": bool(status)}
 
 
 def sbom() -> dict[str, Any]:
     """The Python environment as a bill of materials, CycloneDX 1.6: every distribution by its package URL."""
-    components = [{"type": "platform", "name": platform.python_implementation(), "version": platform.python_version()}]
-    for dist in metadata.distributions():
+    python = {"type": "platform", "name": platform.python_implementation(), "version": platform.python_version()}
+    components = {"": python}
+    for dist in metadata.distributions():  # twice those in a folder that is on the path twice
         name = re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower()
         purl = f"pkg:pypi/{name}@{quote(dist.version, safe='')}"
-        components.append({"type": "library", "name": name, "version": dist.version, "purl": purl, "bom-ref": purl})
-    unique = {component.get("purl", ""): component for component in components}  # a folder that is on the path twice
+        components[purl] = {"type": "library", "name": name, "version": dist.version, "purl": purl, "bom-ref": purl}
     subject = {"type": "application", "name": "chunked-prefill-artifact", "bom-ref": "artifact"}
+    found = [components[purl] for purl in sorted(components)]
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
         "metadata": {"component": subject},
-        "components": [unique[purl] for purl in sorted(unique)],
+        "components": found,
     }
 
 
 def gpus() -> list[dict[str, Any]]:
     """GPUs as nvidia-smi lists them: name, memory in MiB, driver version; empty where there is no nvidia-smi."""
-    if not shutil.which("nvidia-smi"):
-        return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3]
-    return [{"name": row[0], "memory_mib": int(row[1]), "used_mib": int(row[2]), "driver": row[3]} for row in rows]
-
-
-@cache
-def cpu_model() -> str:
-    """The CPU as the system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.count(",") == 3]
+    return [
+        {"name": name, "memory_mib": int(size), "used_mib": int(used), "driver": driver} for name, size, used, driver in rows
+    ]
 
 
 @cache
@@ -113,12 +101,13 @@ def machine() -> dict[str, Any]:
 
     Its `type` is what replicates of a point must share.
     """
-    cards = gpus()
+    cards, listed = gpus(), Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(\S.*)", listed.read_text() if listed.exists() else "", re.M)
+    cpu = named[1].strip() if named else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    cpu = f"{cpu_model()} x {cores}"
     return {
-        "type": f"{cards[0]['name']} x {len(cards)}" if cards else cpu,
-        "cpu": cpu_model(),
+        "type": f"{cards[0]['name']} x {len(cards)}" if cards else f"{cpu} x {cores}",
+        "cpu": cpu,
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [card["name"] for card in cards],

@@ -84,7 +84,7 @@ class Scheduler:
     """
 
     def __init__(self, budget: int, max_batch: int, block_size: int, num_blocks: int) -> None:
-        for what, value in (("budget", budget), ("max_batch", max_batch), ("block_size", block_size)):
+        for what, value in {"budget": budget, "max_batch": max_batch, "block_size": block_size}.items():
             if value < 1:
                 raise SpecError(f"scheduler: {what}: got {value}; allowed: at least 1")
         self.budget, self.max_batch, self.block_size = budget, max_batch, block_size
@@ -101,10 +101,8 @@ class Scheduler:
         """Queue a sequence. Raises SpecError if the cache could never hold it: it would wait for ever."""
         needed = self._blocks(sequence.total - 1)  # the last token generated is never cached
         if needed > self._total:
-            raise SpecError(
-                f"scheduler: request {sequence.index}: {sequence.prompt} + {sequence.output} tokens need {needed} KV blocks; "
-                f"allowed: at most {self._total}"
-            )
+            came = f"{sequence.prompt} + {sequence.output} tokens need {needed} KV blocks"
+            raise SpecError(f"scheduler: request {sequence.index}: {came}; allowed: at most {self._total}")
         self.waiting.append(sequence)
 
     def schedule(self) -> Batch:
@@ -169,7 +167,7 @@ class Scheduler:
         A sequence all of whose known tokens are computed gains a token per step.
         """
         finished = []
-        self.free -= self._begun(1, steps - 1)
+        self.free -= self._begun(steps - 1)
         self._tick += steps
         self._context += steps * len(self._settled)
         while self._ends and self._ends[0][0] <= self._tick:
@@ -219,20 +217,20 @@ class Scheduler:
         sequence.known += steps
         sequence.held = self._blocks(sequence.computed) * self.block_size
 
-    def _begun(self, first: int, count: int) -> int:
-        """Blocks that the settled begin in `count` steps from the `first` on, 0 being the next."""
+    def _begun(self, count: int) -> int:
+        """Blocks that the settled begin in the `count` steps after the next."""
         if count < 1 or not self._settled:
             return 0
         rounds, more = divmod(count, self.block_size)
-        start = self._tick + first
-        return rounds * len(self._settled) + sum(self._phase[(start + n) % self.block_size] for n in range(more))
+        start = (self._tick + 1) % self.block_size
+        return rounds * len(self._settled) + sum((self._phase * 2)[start : start + more])
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def _growth(self, batch: Batch, steps: int) -> int:
         later = ((s.computed + tokens * steps, s.held) for s, tokens in batch.rest)
-        return self._begun(1, steps - 1) + sum(self._blocks(computed - held) for computed, held in later if computed > held)
+        return self._begun(steps - 1) + sum(self._blocks(computed - held) for computed, held in later if computed > held)
 
     def _allocate(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first `tokens` tokens; False, and nothing taken, if there are not enough."""

@@ -15,6 +15,7 @@ from experiments.spec import EngineSettings, SpecError
 from experiments.workload import Trace, serving_requests
 
 PROBES = 3  # a fixed step, repeated at the start of every trial: its spread is the machine's noise
+WARM_UP_DECODES = 4
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,18 @@ def phases_of(session: Session, trial: Trial, trace: Trace | None) -> tuple[list
     phases = [probe(session.engine)] * (1 + PROBES)
     roles: list[dict[str, Any]] = [{"role": "warm-up"}] + [{"role": "probe"}] * PROBES  # the first step after a pause is slow
     for point in trial.points:
-        if isinstance(point, Point):
-            requests: tuple[Request, ...] = (Request(0.0, point.prompt_tokens, 1, seed=session.seed),)
-        else:
-            requests = _load(session, point, trace)
-        phases.append(Phase(point.budget, requests))
+        phases.append(Phase(point.budget, _requests(session, point, trace)))
         roles.append({"role": SATURATION if trial.name == SATURATION else "point", **asdict(point)})
     return phases, roles
 
 
-def _load(session: Session, point: LoadPoint, trace: Trace | None) -> tuple[Request, ...]:
-    """The requests of a serving point; with rate 0 all arrive at once."""
+def _requests(session: Session, point: Point | LoadPoint, trace: Trace | None) -> tuple[Request, ...]:
+    """The requests of a point; all arrive at once where a serving point's rate is 0."""
+    if isinstance(point, Point):
+        return (Request(0.0, point.prompt_tokens, 1, seed=session.seed),)
     if trace is None:
         raise SpecError(f"{session.figure}: a trace is needed")
-    rate = point.rate or 1.0
-    requests = serving_requests(trace, rate, point.requests, session.seed, point.max_total, session.scale)
+    requests = serving_requests(trace, point.rate or 1.0, point.requests, session.seed, point.max_total, session.scale)
     return requests if point.rate else tuple(replace(request, arrival_s=0.0) for request in requests)
 
 
@@ -63,14 +61,11 @@ def warm_up(session: Session) -> list[Phase]:
     and a few decodes.
     """
     points = [point for trial in session.trials for point in trial.points]
-    budgets = sorted({point.budget for point in points})
-    longest = [point.prompt_tokens for point in points if isinstance(point, Point)]
-    if longest:
-        return [Phase(budget, (Request(0.0, min(2 * budget, max(longest)), 1),)) for budget in budgets]
-    tokens = min(budgets)
-    return [
-        Phase(budget, tuple(Request(0.0, tokens, 4, seed=n) for n in range(session.engine.max_batch))) for budget in budgets
-    ]
+    budgets, batch = sorted({point.budget for point in points}), range(session.engine.max_batch)
+    if longest := max((point.prompt_tokens for point in points if isinstance(point, Point)), default=0):
+        return [Phase(budget, (Request(0.0, min(2 * budget, longest), 1),)) for budget in budgets]
+    prompt = min(budgets[0], session.engine.max_model_len - WARM_UP_DECODES)
+    return [Phase(budget, tuple(Request(0.0, prompt, WARM_UP_DECODES, seed=n) for n in batch)) for budget in budgets]
 
 
 def start_engine(session: Session, make_engine: Callable[[EngineSettings], Engine]) -> Engine:
@@ -85,10 +80,7 @@ def start_engine(session: Session, make_engine: Callable[[EngineSettings], Engin
 
 
 def run_session(
-    session: Session,
-    owed: Collection[str],
-    make_engine: Callable[[EngineSettings], Engine],
-    trace: Trace | None = None,
+    session: Session, owed: Collection[str], make_engine: Callable[[EngineSettings], Engine], trace: Trace | None = None
 ) -> Iterator[TrialResult]:
     """Run the trials named in `owed`, in the session's order. Yields each result as soon as it is there."""
     yield from run_trials(session, owed, start_engine(session, make_engine), trace)
@@ -96,22 +88,15 @@ def run_session(
 
 def run_trials(session: Session, owed: Collection[str], engine: Engine, trace: Trace | None) -> Iterator[TrialResult]:
     """The same on an engine that is started; it is closed at the end."""
-    process = uuid.uuid4().hex[:12]
+    process, same = uuid.uuid4().hex[:12], ("figure", "kind", "testbed", "scale", "model", "in_paper", "seed")
     try:
-        for trial in session.trials:
-            if trial.name not in owed:
-                continue
+        for trial in (trial for trial in session.trials if trial.name in owed):
             phases, roles = phases_of(session, trial, trace)
             started = datetime.now(UTC)
             record = engine.run(phases, session.time_limit_s)
+            ended = datetime.now(UTC)
             facts = {
-                "figure": session.figure,
-                "kind": session.kind,
-                "testbed": session.testbed,
-                "scale": session.scale,
-                "model": session.model,
-                "in_paper": session.in_paper,
-                "seed": session.seed,
+                **{name: getattr(session, name) for name in same},
                 "process": process,
                 "phases": roles,
                 "trace": {"name": trace.name, "kind": trace.kind, "sha256": trace.sha256} if trace else None,
@@ -119,7 +104,7 @@ def run_trials(session: Session, owed: Collection[str], engine: Engine, trace: T
                 "engine": dict(engine.facts),
                 "machine": machine(),
                 "started": started.isoformat(timespec="milliseconds"),
-                "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "ended": ended.isoformat(timespec="milliseconds"),
                 "truncated": record.truncated,
             }
             yield TrialResult(session.name, trial.name, facts, record)

@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 
 from experiments.cost_model import PAUSE_S, Calibration, CostModel, Floats, Ints, jitter_factors, kv_blocks, load_calibration
-from experiments.engine import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record
+from experiments.engine import REQUEST_COLUMNS, STEP_COLUMNS, Phase, Record, frame
 from experiments.scheduler import Batch, Scheduler
 from experiments.scheduler import Sequence as Running
 from experiments.spec import EngineSettings, SpecError
 
 JITTER_CHUNK = 1 << 14  # steps whose jitter is drawn at a time
-SHORT = 8  # steps up to which plain floats are faster than arrays
 drawn_jitter = lru_cache(maxsize=128)(jitter_factors)  # a search simulates with the same seeds again and again; 17 MB at most
 
 
@@ -33,18 +32,12 @@ class SimulatedEngine:
     """
 
     def __init__(
-        self,
-        settings: EngineSettings,
-        calibration: Calibration,
-        seed: int,
-        num_kv_blocks: int | None = None,
-        jump: bool = True,
+        self, settings: EngineSettings, calibration: Calibration, seed: int, num_kv_blocks: int | None = None, jump: bool = True
     ) -> None:
         if settings.model not in calibration.models or settings.tensor_parallel != calibration.tensor_parallel:
-            raise SpecError(
-                f"calibration {calibration.calibration}: got {settings.model} on {settings.tensor_parallel} GPUs; "
-                f"allowed: {', '.join(calibration.models)} on {calibration.tensor_parallel}"
-            )
+            came, allowed = f"{settings.model} on {settings.tensor_parallel} GPUs", ", ".join(calibration.models)
+            where = f"calibration {calibration.calibration}"
+            raise SpecError(f"{where}: got {came}; allowed: {allowed} on {calibration.tensor_parallel}")
         self._settings, self._seed, self._jump = settings, seed, jump
         self._cost = CostModel(calibration)
         self._blocks = kv_blocks(settings, calibration) if num_kv_blocks is None else num_kv_blocks
@@ -55,19 +48,16 @@ class SimulatedEngine:
         return {
             "engine": "simulated",
             "simulated": True,
+            "device": f"simulated: {calibration.title}",
+            "load_s": 0.0,
             "calibration": calibration.calibration,
             "calibration_error": asdict(calibration.error),
-            "device": f"simulated: {calibration.title}",
-            "dtype": self._settings.dtype,
-            "tensor_parallel": self._settings.tensor_parallel,
             "prefix_caching": False,
             "async_scheduling": False,
             "reserve_full_prompt": True,
             "block_size": calibration.block_size,
             "kv_blocks": self._blocks,
-            "max_batch": self._settings.max_batch,
-            "max_budget": self._settings.max_budget,
-            "load_s": 0.0,
+            **{name: getattr(self._settings, name) for name in ("dtype", "tensor_parallel", "max_batch", "max_budget")},
         }
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
@@ -83,11 +73,8 @@ class SimulatedEngine:
         """A trial of these phases, and whether it came to its end."""
         trial = _Trial(self._cost, self._seed, self._jump)
         for number, phase in enumerate(phases):
-            if not 1 <= phase.budget <= self._settings.max_budget:
-                raise SpecError(f"phase {number}: budget: got {phase.budget}; allowed: 1 to {self._settings.max_budget}")
             self._check(phase, number)
-            block_size = self._cost.calibration.block_size
-            scheduler = Scheduler(phase.budget, self._settings.max_batch, block_size, self._blocks)
+            scheduler = Scheduler(phase.budget, self._settings.max_batch, self._cost.calibration.block_size, self._blocks)
             if not trial.serve(phase, number, scheduler, time_limit_s):
                 return trial, False
         return trial, True
@@ -96,13 +83,14 @@ class SimulatedEngine:
         """Nothing to free."""
 
     def _check(self, phase: Phase, number: int) -> None:
+        if not 1 <= phase.budget <= self._settings.max_budget:
+            raise SpecError(f"phase {number}: budget: got {phase.budget}; allowed: 1 to {self._settings.max_budget}")
         limit, arrival = self._settings.max_model_len, 0.0
         for request in phase.requests:
-            if min(request.prompt_tokens, request.output_tokens) < 1 or request.prompt_tokens + request.output_tokens > limit:
-                raise SpecError(
-                    f"phase {number}: request: got {request.prompt_tokens} + {request.output_tokens} tokens; "
-                    f"allowed: at least 1 each, together at most max_model_len ({limit})"
-                )
+            prompt, output = request.prompt_tokens, request.output_tokens
+            if min(prompt, output) < 1 or prompt + output > limit:
+                allowed = f"at least 1 each, together at most max_model_len ({limit})"
+                raise SpecError(f"phase {number}: request: got {prompt} + {output} tokens; allowed: {allowed}")
             if not arrival <= request.arrival_s < np.inf:
                 raise SpecError(f"phase {number}: arrival_s: got {request.arrival_s}; allowed: finite, not before {arrival}")
             arrival = request.arrival_s
@@ -123,18 +111,15 @@ class _Trial:
 
     def __init__(self, cost: CostModel, seed: int, jump: bool) -> None:
         self._cost, self._seed, self._jump = cost, seed, jump
-        self._clock = 0.0
+        self._clock, self._steps = 0.0, 0
         self._paused = False  # whether nothing ran for a while before the next step
-        self._steps = 0
         self._jitter = {False: np.empty(0), True: np.empty(0)}  # of steps that only decode? -> factors
-        self._seconds = np.empty(JITTER_CHUNK)
-        self._ends = np.empty(JITTER_CHUNK)
+        self._seconds, self._ends = array("d"), array("d")  # of steps
         self._starts: list[float] = []  # of segments
         self._segments: list[tuple[int, ...]] = []  # steps, tokens given per step, then STEP_COLUMNS from budget on
         self._given = array("q")  # the requests that get a token, segment after segment
-        self._requests: list[tuple[Running, int, int, float, float]] = []  # sequence, phase, budget, arrival, injection
-        self._first: list[int] = []
-        self._last: list[int] = []
+        self._sequences: list[Running] = []
+        self._requests: list[list[float]] = []  # REQUEST_COLUMNS of each; generated_tokens are filled in at the end
 
     def serve(self, phase: Phase, number: int, scheduler: Scheduler, time_limit_s: float) -> bool:
         """One phase; False if the time limit ended it. A request enters at the first step boundary at or after its arrival."""
@@ -146,10 +131,10 @@ class _Trial:
             clock = self._clock
             while arrivals[entered] <= clock:  # who comes while others enter waits for the next boundary, as in the real loop
                 request = phase.requests[entered]
-                sequence = Running(len(self._requests), request.prompt_tokens, request.output_tokens)
-                self._requests.append((sequence, number, phase.budget, arrivals[entered], self._clock))
-                self._first.append(-1)
-                self._last.append(-1)
+                sequence = Running(len(self._sequences), request.prompt_tokens, request.output_tokens)
+                self._sequences.append(sequence)
+                times, sizes = (arrivals[entered], self._clock), (sequence.prompt, sequence.output)
+                self._requests.append([sequence.index, number, phase.budget, *times, *sizes, 0, -1, -1, 0])
                 scheduler.add(sequence)
                 entered += 1
                 self._clock += loop.request_s
@@ -171,33 +156,26 @@ class _Trial:
         first, start, cost = self._steps, self._clock, self._cost
         between, cold = cost.calibration.loop.between_s, cost.calibration.loop.wake_s if self._paused else 0.0
         self._paused = False
-        only_decodes = not prefill
-        while len(jitter := self._jitter[only_decodes]) < first + steps:
-            more = drawn_jitter(cost.calibration.jitter, self._seed, len(jitter), JITTER_CHUNK, only_decodes)
-            self._jitter[only_decodes] = np.concatenate([jitter, more])
-        if len(self._seconds) < first + steps:
-            self._seconds, self._ends = (np.concatenate([a, np.empty_like(a)]) for a in (self._seconds, self._ends))
-        base, per_step = cost.step(prefill, decodes, pieces, pairs, context), _growth(prefill, decodes)
-        growth = cost.pair_s * per_step[0] + cost.context_s * per_step[1]
-        if steps <= SHORT:
-            clock, done = start, 0
-            for factor in jitter[first : first + steps].tolist():
-                seconds = (base + growth * done) * factor + (0.0 if done else cold)
-                clock += seconds + between
-                self._seconds[first + done], self._ends[first + done] = seconds, clock - between
-                done += 1
-                if clock >= until:
-                    break
-            self._clock, steps = clock, done
-        else:
-            run = (base + growth * np.arange(steps)) * jitter[first : first + steps]
-            run[0] += cold
-            nexts = np.add.accumulate(np.concatenate([[start], run + between]))[1:]  # when the steps after these start
-            steps = min(steps, int(np.searchsorted(nexts, until)) + 1)
-            self._seconds[first : first + steps], self._ends[first : first + steps] = run[:steps], nexts[:steps] - between
-            self._clock = float(nexts[steps - 1])
-        pairs_last, context_last = pairs + per_step[0] * (steps - 1), context + per_step[1] * (steps - 1)
-        cost.step(prefill, decodes, pieces, pairs_last, context_last)  # refuses the last if it is out of range
+        while len(jitter := self._jitter[not prefill]) < first + steps:
+            more = drawn_jitter(cost.calibration.jitter, self._seed, len(jitter), JITTER_CHUNK, not prefill)
+            self._jitter[not prefill] = np.concatenate([jitter, more])
+        base = cost.step(prefill, decodes, pieces, pairs, context)
+        # From step to step each decode's context grows by a token. Only one prompt can be in the middle, so all `prefill`
+        # tokens are its, and each of them meets the `prefill` tokens computed in between.
+        more_pairs, more_context = prefill * prefill, decodes
+        growth = cost.pair_s * more_pairs + cost.context_s * more_context
+        clock, note_seconds, note_end = start, self._seconds.append, self._ends.append
+        for done, factor in enumerate(jitter[first : first + steps].tolist()):
+            seconds = (base + growth * done) * factor + (0.0 if done else cold)
+            clock += seconds + between
+            note_seconds(seconds)
+            note_end(clock - between)
+            if clock >= until:
+                steps = done + 1
+                break
+        self._clock = clock
+        if steps > 1:  # refuses the last if it is out of range
+            cost.step(prefill, decodes, pieces, pairs + more_pairs * (steps - 1), context + more_context * (steps - 1))
         waiting = len(scheduler.running) + len(scheduler.waiting) - batch.size
         row = (prefill, decodes, pieces, pairs, context, waiting, len(batch.preempted))
         self._segments.append((steps, len(given), scheduler.budget, *row))
@@ -205,7 +183,7 @@ class _Trial:
         self._given.extend(given)
         self._steps += steps
         for sequence in scheduler.update(batch, steps):
-            self._last[sequence.index] = self._steps - 1
+            self._requests[sequence.index][9] = self._steps - 1
 
     def _compose(self, batch: Batch) -> tuple[tuple[int, int, int, int, int], list[int]]:
         """prefill_tokens, decode_tokens, prefill_requests, prefill_pairs, decode_context; and who is to be given a token."""
@@ -217,8 +195,8 @@ class _Trial:
                 given.append(sequence.index)
             prefill += tokens
             pairs += tokens * computed + tokens * (tokens + 1) // 2
-            if self._first[sequence.index] < 0:
-                self._first[sequence.index] = self._steps
+            if self._requests[sequence.index][8] < 0:
+                self._requests[sequence.index][8] = self._steps
         return (prefill, batch.size - len(batch.pieces), len(batch.pieces), pairs, batch.context), given
 
     def record(self, truncated: bool) -> Record:
@@ -227,22 +205,23 @@ class _Trial:
         repeats, given = rows[:, 0], rows[:, 1]
         firsts = np.cumsum(repeats) - repeats
         place = np.arange(self._steps) - np.repeat(firsts, repeats)  # of a step within its segment
-        ends, columns = self._ends[: self._steps], np.repeat(rows[:, 2:], repeats, axis=0)
+        ends, columns = np.array(self._ends), np.repeat(rows[:, 2:].T, repeats, axis=1)
         starts = np.empty(self._steps)
         starts[1:] = ends[:-1] + self._cost.calibration.loop.between_s
         starts[firsts] = self._starts
-        columns[:, 4] += columns[:, 1] ** 2 * place  # as in _growth
-        columns[:, 5] += columns[:, 2] * place
-        steps = pd.DataFrame(dict(zip(list(STEP_COLUMNS)[2:], columns.T, strict=True)), copy=False)
-        steps.insert(0, "start_s", starts)
-        steps.insert(1, "seconds", self._seconds[: self._steps])
+        columns[4] += columns[1] ** 2 * place  # as in _step
+        columns[5] += columns[2] * place
+        counts = dict(zip(list(STEP_COLUMNS)[2:], columns, strict=True))
+        steps = pd.DataFrame({"start_s": starts, "seconds": np.array(self._seconds), **counts}, copy=False)
         per_step = np.repeat(given, repeats)
         offset = np.repeat(np.cumsum(given) - given, repeats) - (np.cumsum(per_step) - per_step)
         token_of = np.repeat(offset, per_step)
         token_of += np.arange(len(token_of))
-        requests = np.frombuffer(self._given, dtype=np.int64)[token_of] if len(token_of) else np.empty(0, dtype=np.int64)
-        tokens = pd.DataFrame({"request": requests, "time_s": np.repeat(ends, per_step)}, columns=list(TOKEN_COLUMNS))
-        return Record(self._request_frame(), steps.astype(STEP_COLUMNS), tokens.astype(TOKEN_COLUMNS), truncated)
+        receivers = np.frombuffer(self._given, dtype=np.int64)[token_of] if len(token_of) else np.empty(0, dtype=np.int64)
+        tokens = pd.DataFrame({"request": receivers, "time_s": np.repeat(ends, per_step)})
+        for row, sequence in zip(self._requests, self._sequences, strict=True):
+            row[7] = sequence.generated
+        return Record(frame(self._requests, REQUEST_COLUMNS), steps, tokens, truncated)
 
     def percentiles(self) -> tuple[float, float, float]:
         """See SimulatedEngine. Within a segment all gaps of a step are one number, so they are counted, not listed."""
@@ -250,7 +229,7 @@ class _Trial:
         repeats, given = rows[:, 0], rows[:, 1]
         last = np.cumsum(repeats) - 1  # step of each segment
         first = last - repeats + 1
-        ends, ids = self._ends[: self._steps], np.frombuffer(self._given, dtype=np.int64)
+        ends, ids = np.array(self._ends), np.frombuffer(self._given, dtype=np.int64)
         order = np.argsort(ids.astype(np.uint16) if len(self._requests) < 1 << 16 else ids, kind="stable")
         segment = np.repeat(np.arange(len(rows)), given)[order]  # request after request, those that gave it tokens
         new = np.diff(ids[order], prepend=-1) != 0
@@ -258,18 +237,10 @@ class _Trial:
         within = np.delete(np.diff(ends, prepend=0.0), first)
         gaps = np.concatenate([across, within])
         counts = np.concatenate([np.ones(len(across), dtype=np.int64), np.repeat(given, repeats - 1)])
-        arrival = np.array([row[3] for row in self._requests])
+        arrival, first_step = np.array(self._requests)[:, [3, 8]].T
         ttft = ends[first[segment[new]]] - arrival
-        delay = np.array(self._starts)[np.searchsorted(last, self._first)] - arrival
+        delay = np.array(self._starts)[np.searchsorted(last, first_step)] - arrival
         return _percentile(gaps, counts, 0.99), float(np.median(ttft)), float(np.median(delay))
-
-    def _request_frame(self) -> pd.DataFrame:
-        """One row per request that entered."""
-        rows = [
-            (s.index, phase, budget, arrival, injected, s.prompt, s.output, s.generated, first, last, 0)
-            for (s, phase, budget, arrival, injected), first, last in zip(self._requests, self._first, self._last, strict=True)
-        ]
-        return pd.DataFrame(rows, columns=list(REQUEST_COLUMNS)).astype(REQUEST_COLUMNS)
 
 
 def _percentile(values: Floats, counts: Ints, share: float) -> float:
@@ -281,12 +252,3 @@ def _percentile(values: Floats, counts: Ints, share: float) -> float:
     place = share * (int(reached[-1]) - 1)
     low, high = values[order][np.searchsorted(reached, [int(place), min(int(place) + 1, reached[-1] - 1)], side="right")]
     return float(low + (high - low) * (place - int(place)))
-
-
-def _growth(prefill: int, decodes: int) -> tuple[int, int]:
-    """How prefill_pairs and decode_context grow from one step of a run to the next.
-
-    Each decode's context grows by a token. Only one prompt can be in the middle, so all `prefill` tokens are its, and each of
-    them meets the `prefill` tokens computed in between.
-    """
-    return prefill * prefill, decodes

@@ -28,7 +28,7 @@ class SpecError(ValueError):
 def _chunk_size(value: object) -> int | None:
     if value == "unchunked":
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000:
+    if type(value) is int and 1 <= value <= 1_000_000:
         return value
     raise ValueError("allowed: a number of tokens from 1 to 1,000,000, or unchunked")
 
@@ -37,10 +37,10 @@ ChunkSize = Annotated[int | None, BeforeValidator(_chunk_size)]  # None: unchunk
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
-
-
 Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 ChunkSizes = Annotated[tuple[ChunkSize, ...], Field(min_length=1)]
+Fractions = Annotated[tuple[Annotated[float, Field(gt=0, le=2)], ...], Field(min_length=1)]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -98,8 +98,9 @@ class ServingFigure:
     replicates: Count | None = None
 
 
+Panel = PrefillPanel | ServingPanel
 Figure = PrefillFigure | ServingFigure
-KINDS: dict[object, type[PrefillFigure] | type[ServingFigure]] = {"prefill": PrefillFigure, "serving": ServingFigure}
+KINDS: dict[str, type[PrefillFigure] | type[ServingFigure]] = {"prefill": PrefillFigure, "serving": ServingFigure}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -124,9 +125,6 @@ class Estimate:
     token_s: Amount
 
 
-Fraction = Annotated[float, Field(gt=0, le=2)]
-
-
 @dataclass(frozen=True, config=STRICT)
 class Serving:
     """How Figure 9b is mapped to a machine that is not the paper's.
@@ -135,7 +133,7 @@ class Serving:
     last about `trial_seconds`.
     """
 
-    load_fractions: dict[str, Annotated[tuple[Fraction, ...], Field(min_length=1)]]
+    load_fractions: dict[str, Fractions]
     trial_seconds: Amount
     time_limit_s: Amount
 
@@ -184,9 +182,6 @@ class EngineSettings:
     calibration: str | None = None
 
 
-T = TypeVar("T")
-
-
 class _UniqueKeys(yaml.SafeLoader):
     """YAML keeps the last of two equal keys in silence; here the second is an error."""
 
@@ -203,8 +198,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_bytes().decode("utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
-        raise SpecError(f"{path}: no such file; there are: {known}") from None
+        raise SpecError(f"{path}: no such file; there are: {_names(path.parent, '*.yaml')}") from None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -219,15 +213,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def _names(folder: Path, pattern: str) -> str:
+    return ", ".join(sorted(path.stem for path in folder.glob(pattern))) or "none"
+
+
 def read_spec(path: Path, shape: type[T], data: dict[str, Any] | None = None) -> T:
     """A YAML file, or what was read of it, as a frozen dataclass. Raises SpecError: file, key, value, what is allowed."""
     data = read_yaml(path) if data is None else data
     try:  # through JSON, in which pydantic's strict mode still takes a mapping for a dataclass and a list for a tuple
         return TypeAdapter(shape).validate_json(json.dumps(data, default=str))
-    except ValueError as error:
-        if not isinstance(error, ValidationError):  # a YAML alias to itself
-            raise SpecError(f"{path}: not a plain mapping: {error}") from None
+    except ValidationError as error:
         raise SpecError(f"{path}: {_first_problem(error, shape)}") from None
+    except ValueError as error:  # a YAML alias to itself
+        raise SpecError(f"{path}: not a plain mapping: {error}") from None
 
 
 def _first_problem(error: ValidationError, shape: type) -> str:
@@ -243,27 +241,29 @@ def _first_problem(error: ValidationError, shape: type) -> str:
     return f"{key}: got {came if len(came) <= 80 else came[:77] + '...'}; allowed: {message.removeprefix('allowed: ')}"
 
 
+def path_of(name: str, folder: Path) -> Path:
+    """Where the YAML file of that name lies; a name that ends in .yaml is a path itself."""
+    return Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+
+
 def load_figure(name: str) -> Figure:
     """The figure of that name, or of that YAML path. Raises SpecError."""
-    path = Path(name) if name.endswith(".yaml") else FIGURES / f"{name}.yaml"
+    path = path_of(name, FIGURES)
     data = read_yaml(path)
     kind = data.get("kind", "prefill")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise SpecError(f"{path}: kind: got {kind!r}; allowed: {', '.join(map(str, KINDS))}")
+        raise SpecError(f"{path}: kind: got {kind!r}; allowed: {', '.join(KINDS)}")
     return read_spec(path, KINDS[kind], data)
 
 
 def load_testbed(name: str) -> Testbed:
     """The testbed of that name, or of that YAML path. Raises SpecError."""
-    path = Path(name) if name.endswith(".yaml") else TESTBEDS / f"{name}.yaml"
-    return read_spec(path, Testbed)
+    return read_spec(path_of(name, TESTBEDS), Testbed)
 
 
 def load_model(name: str) -> dict[str, Any]:
     """The Hugging Face config of a model shape, without our `_source` note. Raises SpecError for an unknown model."""
     path = MODELS / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in MODELS.glob("*.json")))
-        raise SpecError(f"models: unknown model {name!r}; there are: {known}")
-    config = json.loads(path.read_text())
-    return {key: value for key, value in config.items() if key != "_source"}
+        raise SpecError(f"models: unknown model {name!r}; there are: {_names(MODELS, '*.json')}")
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "_source"}

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import io
 import json
 import logging
 import os
@@ -28,7 +26,7 @@ from experiments.spec import SpecError
 
 MANIFEST = "manifest-sha256.txt"
 MOST_ROWS = 50_000_000  # of a table; the longest simulated trial has half a million
-FILES = ("requests.csv", "steps.parquet", "tokens.parquet", "trial.json")
+FILES = ("requests.csv", "steps.parquet", "tokens.parquet", "trial.json")  # in the manifest's order
 
 
 def to_json(data: object) -> str:
@@ -36,26 +34,16 @@ def to_json(data: object) -> str:
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,10 +51,9 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _parquet(table: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    return buffer.getvalue()
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
 
 
 class Run:
@@ -80,8 +67,10 @@ class Run:
 
     def bags(self) -> list[Path]:
         """Sealed bags of this identity, oldest first."""
-        found = self.folder.glob(f"bag-{self.id}-*")
-        return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        return sorted(self.folder.glob(f"bag-{self.id}-*"), key=_number)
+
+    def _sealed(self) -> set[tuple[str, str]]:
+        return {(path.parent.name, path.name) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -104,7 +93,7 @@ class Run:
 
     def complete(self) -> set[tuple[str, str]]:
         """(session, trial) of every trial already there, sealed or not; what is damaged is set aside and does not count."""
-        done = {(path.parent.name, path.name) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
+        done = self._sealed()
         for path in sorted(self.open.glob("trials/*/*")):
             if trial_is_whole(path):
                 done.add((path.parent.name, path.name))
@@ -124,23 +113,21 @@ class Run:
             shutil.rmtree(stale)
         target = self.open / "trials" / session / trial
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".trial-", dir=self.open))
         contents = {
             "requests.csv": record.requests.to_csv(index=False).encode(),
-            "steps.parquet": _parquet(record.steps),
-            "tokens.parquet": _parquet(record.tokens),
+            "steps.parquet": record.steps.to_parquet(index=False),
+            "tokens.parquet": record.tokens.to_parquet(index=False),
             "trial.json": to_json({"format": RECORD_FORMAT, "session": session, "trial": trial, **facts}).encode(),
         }
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-        try:
-            for name, data in {**contents, MANIFEST: _manifest(digests)}.items():
-                _write(temporary / name, data)
-            temporary.chmod(0o755)
-            _sync_folder(temporary)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed; a full disk needs the room
-        _sync_folder(target.parent)
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.open) as folder:
+            whole = Path(folder) / trial
+            whole.mkdir()
+            for name, data in contents.items():
+                _write(whole / name, data)
+            _write(whole / MANIFEST, _manifest(whole))
+            _sync(whole)
+            whole.rename(target)
+        _sync(target.parent)
         return target
 
     def schedules(self) -> list[dict[str, Any]]:
@@ -161,9 +148,8 @@ class Run:
         """Seal the open trials as a bag and return it; None if there are none. `documents`: further payload, name -> text."""
         import bagit
 
-        trials = sorted(self.open.glob("trials/*/*"))
-        sealed = {(path.parent.name, path.name) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
-        trials = [path for path in trials if (path.parent.name, path.name) not in sealed]
+        sealed, bags = self._sealed(), self.bags()
+        trials = [path for path in self.open.glob("trials/*/*") if (path.parent.name, path.name) not in sealed]
         if trials:
             temporary = self.folder / f".seal-{self.id}"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -174,13 +160,16 @@ class Run:
                 for name, text in documents.items():
                     _write(temporary / name, text.encode())
                 bagit.make_bag(str(temporary), dict(info), checksums=["sha256"])
-                numbers = [int(bag.name.rsplit("-", 1)[1]) for bag in self.bags()]
-                temporary.rename(self.folder / f"bag-{self.id}-{max(numbers, default=0) + 1}")
+                temporary.rename(self.folder / f"bag-{self.id}-{_number(bags[-1]) + 1 if bags else 1}")
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            _sync_folder(self.folder)
+            _sync(self.folder)
         shutil.rmtree(self.open, ignore_errors=True)
         return self.bags()[-1] if trials else None
+
+
+def _number(bag: Path) -> int:
+    return int(bag.name.rsplit("-", 1)[1])
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -190,15 +179,14 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _manifest(digests: Mapping[str, str]) -> bytes:
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+def _manifest(trial: Path) -> bytes:
+    return "".join(f"{sha256(trial / name)}  {name}\n" for name in FILES).encode()
 
 
 def trial_is_whole(path: Path) -> bool:
     """Whether a trial directory holds exactly the files of its manifest, unchanged to the byte."""
     try:
-        manifest = _manifest({name: sha256(path / name) for name in FILES})
-        return (path / MANIFEST).read_bytes() == manifest and len(list(path.iterdir())) == len(FILES) + 1
+        return (path / MANIFEST).read_bytes() == _manifest(path) and len(list(path.iterdir())) == len(FILES) + 1
     except OSError:
         return False
 
@@ -208,22 +196,18 @@ def read_trial(path: Path) -> tuple[dict[str, Any], Record]:
     facts = json.loads((path / "trial.json").read_text())
     if facts.get("format") != RECORD_FORMAT:
         raise SpecError(f"{path}: record format {facts.get('format')!r}; this version reads format {RECORD_FORMAT}")
-    record = Record(
-        requests=pd.read_csv(path / "requests.csv"),
-        steps=_read_parquet(path / "steps.parquet", STEP_COLUMNS),
-        tokens=_read_parquet(path / "tokens.parquet", TOKEN_COLUMNS),
-        truncated=bool(facts["truncated"]),
-    )
-    return facts, record
+    requests = pd.read_csv(path / "requests.csv")
+    steps = _read_parquet(path / "steps.parquet", STEP_COLUMNS)
+    tokens = _read_parquet(path / "tokens.parquet", TOKEN_COLUMNS)
+    return facts, Record(requests=requests, steps=steps, tokens=tokens, truncated=bool(facts["truncated"]))
 
 
 def _read_parquet(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """A table of a record. Raises SpecError for other columns, or for too many rows: a few bytes can stand for billions."""
     with pq.ParquetFile(path) as file:
-        stated = file.metadata
-        names = stated.schema.names
-        if stated.num_rows > MOST_ROWS or sorted(names) != sorted(columns):
-            raise SpecError(f"{path}: got {stated.num_rows} rows of {names}; allowed: {MOST_ROWS} of {list(columns)}")
+        rows, names = file.metadata.num_rows, file.metadata.schema.names
+        if rows > MOST_ROWS or sorted(names) != sorted(columns):
+            raise SpecError(f"{path}: got {rows} rows of {names}; allowed: {MOST_ROWS} of {list(columns)}")
         # Starting threads takes longer than reading a trial's table.
         table: pd.DataFrame = file.read(use_threads=False).to_pandas(use_threads=False)
         return table

@@ -58,8 +58,7 @@ def serve_loads(sessions: Sequence[Session], trace: Trace, say: Callable[[str], 
         raise SpecError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     found = []
     for result in results:
-        phase = point_phase(result.facts["phases"])
-        role = result.facts["phases"][phase]
-        load = Load(role["budget"], result.facts["settings"]["max_batch"], role["rate"])
-        found.append((load, of_phase(result.record, phase)))
+        phases, batch = result.facts["phases"], result.facts["settings"]["max_batch"]
+        role = phases[number := point_phase(phases)]
+        found.append((Load(role["budget"], batch, role["rate"]), of_phase(result.record, number)))
     return found

@@ -31,20 +31,13 @@ def environment(settings: EngineSettings) -> dict[str, str]:
 
     OMP_NUM_THREADS: prefill takes 1.7 times as long with 1 thread as with 2, and Ray sets it to the task's CPUs.
     """
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+    variables |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if settings.platform == "cpu":
-        threads = settings.threads or 1
-        variables["OMP_NUM_THREADS"] = str(threads)
+        variables["OMP_NUM_THREADS"] = str(settings.threads or 1)
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib or 1)))
         if settings.tensor_parallel > 1:  # without explicit cores a NUMA assertion fails
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in range(settings.tensor_parallel))
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(settings.tensor_parallel)))
     return variables
 
 
@@ -53,23 +46,23 @@ def engine_arguments(settings: EngineSettings, model_dir: str) -> dict[str, Any]
     dummy = settings.weights == "dummy"
     arguments: dict[str, Any] = {
         "model": model_dir if dummy else settings.weights,
-        "skip_tokenizer_init": True,
         "load_format": "dummy" if dummy else "auto",
+        # Left to itself inside a Ray placement group, vLLM picks its ray backend for tensor parallelism.
+        "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
+        "async_scheduling": False,  # its outputs lag a step, so a token's time would be the next step's
+        "enforce_eager": settings.platform == "cpu",
+        "worker_extension_cls": f"{__name__}.{StepEnd.__name__}",
         "dtype": settings.dtype,
         "max_num_batched_tokens": settings.max_budget,
         "max_num_seqs": settings.max_batch,
         "max_model_len": settings.max_model_len,
         "tensor_parallel_size": settings.tensor_parallel,
-        # Left to itself inside a Ray placement group, vLLM picks its ray backend for tensor parallelism.
-        "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
+        "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
-        "async_scheduling": False,  # its outputs lag a step, so a token's time would be the next step's
-        "enforce_eager": settings.platform == "cpu",
-        "worker_extension_cls": f"{__name__}.{StepEnd.__name__}",
         "disable_log_stats": True,
         "seed": 0,
     }
-    if settings.gpu_memory_utilization is not None:
+    if settings.gpu_memory_utilization:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if dummy and settings.max_model_len > load_model(settings.model)["max_position_embeddings"]:
         # Yi-34B states 4,096 positions; the paper serves 8,192. RoPE needs no table of that size.
@@ -114,8 +107,7 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         config = load_model(settings.model)
-        self._settings = settings
-        self._vocabulary = int(config["vocab_size"])
+        self._settings, self._vocabulary = settings, int(config["vocab_size"])
         self._model_dir = tempfile.TemporaryDirectory(prefix="model-")
         (Path(self._model_dir.name) / "config.json").write_text(json.dumps(config))
         started = time.perf_counter()
@@ -129,6 +121,7 @@ class VllmEngine:
         self._scheduler.schedule = self._watched_schedule
         self._batch: Any = None  # what the scheduler decided in the last step
         self._waits = settings.platform == "cuda"  # kernels may run on after step() has returned
+        self._check()
 
     def _watched_schedule(self, *arguments: Any, **keywords: Any) -> Any:
         self._batch = self._schedule(*arguments, **keywords)
@@ -138,8 +131,8 @@ class VllmEngine:
     def facts(self) -> Mapping[str, Any]:
         import torch
 
-        config = self._engine.vllm_config
-        cuda = self._settings.platform == "cuda"
+        config, cuda = self._engine.vllm_config, self._settings.platform == "cuda"
+        cache, parallel, scheduling = config.cache_config, config.parallel_config, config.scheduler_config
         return {
             "engine": "vllm",
             "vllm": metadata.version("vllm" if cuda else "vllm-cpu"),
@@ -147,36 +140,34 @@ class VllmEngine:
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "cuda": torch.version.cuda if cuda else None,
-            "threads": int(os.environ["OMP_NUM_THREADS"]) if not cuda else None,
+            "threads": None if cuda else int(os.environ["OMP_NUM_THREADS"]),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "executor_backend": config.parallel_config.distributed_executor_backend,
-            "tensor_parallel": config.parallel_config.tensor_parallel_size,
-            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
-            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "executor_backend": parallel.distributed_executor_backend,
+            "tensor_parallel": parallel.tensor_parallel_size,
+            "prefix_caching": bool(cache.enable_prefix_caching),
+            "async_scheduling": bool(scheduling.async_scheduling),
             "enforce_eager": bool(config.model_config.enforce_eager),
-            "reserve_full_prompt": bool(config.scheduler_config.scheduler_reserve_full_isl),
+            "reserve_full_prompt": bool(scheduling.scheduler_reserve_full_isl),
             "block_size": int(self._scheduler.block_size),
-            "kv_blocks": int(config.cache_config.num_gpu_blocks),
-            "max_batch": int(config.scheduler_config.max_num_seqs),
-            "max_budget": int(config.scheduler_config.max_num_batched_tokens),
+            "kv_blocks": int(cache.num_gpu_blocks),
+            "max_batch": int(scheduling.max_num_seqs),
+            "max_budget": int(scheduling.max_num_batched_tokens),
             "load_s": round(self._load_s, 3),
         }
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises EngineError if vLLM did not take the settings that the measurement rests on."""
-        facts = self.facts
         backend = "mp" if self._settings.tensor_parallel > 1 else "uni"
-        for name, wanted in (("executor_backend", backend), ("prefix_caching", False), ("async_scheduling", False)):
-            if facts[name] != wanted:
-                raise EngineError(f"vllm: {name}: got {facts[name]!r} although {wanted!r} was asked for")
+        for name, wanted in {"executor_backend": backend, "prefix_caching": False, "async_scheduling": False}.items():
+            if (came := self.facts[name]) != wanted:
+                raise EngineError(f"vllm: {name}: got {came!r} although {wanted!r} was asked for")
         waited = self._engine.collective_rpc("wait_for_device")
         if waited != [self._waits] * self._settings.tensor_parallel:
             raise EngineError(f"vllm: workers that waited for a GPU: got {waited}; allowed: {self._waits} from each")
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         """Serve the phases; see Engine. Raises EngineError if a step exceeds its chunk size."""
-        recorder = Recorder()
-        origin = time.perf_counter()
+        recorder, origin = Recorder(), time.perf_counter()
         for number, phase in enumerate(phases):
             if not self._serve(phase, number, recorder, origin, time_limit_s):
                 return recorder.record(truncated=True)
@@ -185,9 +176,8 @@ class VllmEngine:
     def _serve(self, phase: Phase, number: int, recorder: Recorder, origin: float, time_limit_s: float) -> bool:
         """One phase; False if the time limit ended it. All prompts are drawn before the clock starts."""
         if phase.budget > self._settings.max_budget:
-            raise EngineError(
-                f"vllm: chunk size: got {phase.budget}; the engine was built for at most {self._settings.max_budget}"
-            )
+            most = self._settings.max_budget
+            raise EngineError(f"vllm: chunk size: got {phase.budget}; the engine was built for at most {most}")
         self._scheduler.max_num_scheduled_tokens = phase.budget
         pending = deque((request, prompt_ids(request, self._vocabulary)) for request in phase.requests)
         numbers: dict[str, int] = {}  # vLLM's request id -> ours, of unfinished requests
@@ -224,13 +214,8 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        sampling = SamplingParams(
-            max_tokens=request.output_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            temperature=0.0,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        exactly = {"ignore_eos": True, "max_tokens": request.output_tokens, "temperature": 0.0}
+        sampling = SamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, **exactly)
         return str(self._engine.add_request(name, {"prompt_token_ids": ids}, sampling))
 
     def _note_step(self, recorder: Recorder, numbers: Mapping[str, int], budget: int, start: float, seconds: float) -> None:

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from experiments.expand import Session
 from experiments.session import TrialResult, run_trials, start_engine
-from experiments.spec import EngineSettings
 from experiments.workload import Trace
 
 LOAD_S, GRACE_S = 900.0, 120.0  # an engine that takes so long to load, or for a trial its time limit and so much, is hung
@@ -33,13 +32,8 @@ def work(session: Session, owed: Sequence[str], trace: Trace | None) -> Iterator
 
     _die_with_parent()
 
-    def make(settings: EngineSettings) -> VllmEngine:
-        engine = VllmEngine(settings)
-        engine.check()
-        return engine
-
     def results() -> Iterator[TrialResult | None]:
-        engine = start_engine(session, make)
+        engine = start_engine(session, VllmEngine)
         yield None
         yield from run_trials(session, owed, engine, trace)
 

@@ -7,7 +7,6 @@ sarathi/benchmark/request_generator (synthetic_, poisson_request_interval_ and t
 from __future__ import annotations
 
 import csv
-import hashlib
 import http.client
 import io
 import json
@@ -17,7 +16,9 @@ import re
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -28,6 +29,7 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 
 from experiments.engine import Request
 from experiments.spec import PACKAGE, STRICT, SpecError, read_spec
+from experiments.terminal import arguments, command, console, parse, result
 
 TRACES = PACKAGE.parent / "artifacts" / "traces"
 SOURCE, TABLE = TRACES / "sharegpt.yaml", TRACES / "synthetic_sharegpt.csv"
@@ -36,6 +38,7 @@ COLUMNS = ("num_prefill_tokens", "num_decode_tokens")
 MAX_TOKENS = 10_000_000  # of one request; far above any model, far below where float64 would blur the cut
 MAX_REQUESTS, MAX_SEED, TRACE_MAX = 1_000_000, 2**32 - 1, 8192  # the original's trace was filtered to 8192 tokens
 FIRST_ID = 3  # ids below are padding, start and end in the Llama vocabularies
+Kind = Literal["file", "fetched", "synthetic"]
 Lengths: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -47,7 +50,7 @@ class Trace:
     sha256: str
     prompt: Lengths
     output: Lengths
-    kind: Literal["file", "fetched", "synthetic"]
+    kind: Kind
     duration_s: float | None = None  # of the run it was recorded in, where that is known
 
 
@@ -92,7 +95,7 @@ def trace_lengths(trace: Trace, count: int, seed: int, max_total: int) -> tuple[
     return prompt, output
 
 
-def load_trace(path: Path, max_total: int | None = None, kind: Literal["file", "fetched"] = "file") -> Trace:
+def load_trace(path: Path, max_total: int | None = None, kind: Kind = "file") -> Trace:
     """Read a CSV with the columns num_prefill_tokens and num_decode_tokens; others are ignored.
 
     Raises SpecError naming file, row (the header is row 1), column and value for whatever is not a whole number of tokens from
@@ -113,9 +116,8 @@ def load_trace(path: Path, max_total: int | None = None, kind: Literal["file", "
     for column in COLUMNS:
         if header.count(column) != 1:
             raise SpecError(f"{rows[0][0]}: got {','.join(header)[:60]!r}; allowed: a header with one column {column}")
-    limit = MAX_TOKENS if max_total is None else max_total
-    prompt, output = np.array([_lengths(where, header, fields, limit) for where, fields in rows[1:]], dtype=np.int64).T
-    return Trace(path.name, hashlib.sha256(data).hexdigest(), prompt, output, kind)
+    pairs = [_lengths(where, header, fields, max_total or MAX_TOKENS) for where, fields in rows[1:]]
+    return _trace(path, data, pairs, kind)
 
 
 def load_bench_result(path: Path, max_total: int | None = None) -> Trace:
@@ -123,52 +125,53 @@ def load_bench_result(path: Path, max_total: int | None = None) -> Trace:
     left out. Raises SpecError naming the file, the key and what is wrong."""
     try:
         data = path.read_bytes()
-        result = json.loads(data)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}; a result file of vllm bench serve is expected") from None
-    except ValueError:
-        raise SpecError(f"{path}: not valid JSON; a result file of vllm bench serve is expected") from None
+        found = json.loads(data)
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "not valid JSON"
+        raise SpecError(f"{path}: {reason}; a result file of vllm bench serve is expected") from None
     for key in ("input_lens", "output_lens"):
-        values = result.get(key) if isinstance(result, dict) else None
+        values = found.get(key) if isinstance(found, dict) else None
         if not isinstance(values, list) or not all(type(n) is int and 0 <= n <= MAX_TOKENS for n in values):
             came = "nothing" if values is None else repr(values)[:60]
             raise SpecError(f"{path}: {key}: got {came}; allowed: a list of tokens, as vllm bench serve --save-detailed writes")
-    inputs, outputs = result["input_lens"], result["output_lens"]
-    pairs = [pair for pair in zip(inputs, outputs, strict=False) if min(pair) > 0]
+    inputs, outputs = found["input_lens"], found["output_lens"]
+    pairs = [list(pair) for pair in zip(inputs, outputs, strict=False) if min(pair) > 0]
     if len(inputs) != len(outputs) or not pairs:
         came = f"{len(inputs)} and {len(outputs)} lengths, {len(pairs)} requests that gave tokens"
         raise SpecError(f"{path}: input_lens, output_lens: got {came}; allowed: as many of each, at least one request")
-    prompt, output = np.array(pairs, dtype=np.int64).T
-    if max_total is not None and (longest := int((prompt + output).max())) > max_total:
+    if max_total and (longest := max(map(sum, pairs))) > max_total:
         raise SpecError(f"{path}: input_lens + output_lens: got {longest} tokens; allowed: at most {max_total:,}")
-    duration = result.get("duration")
+    duration = found.get("duration")
     seconds = float(duration) if isinstance(duration, int | float) and 0 < duration < math.inf else None
-    return Trace(path.name, hashlib.sha256(data).hexdigest(), prompt, output, "file", seconds)
+    return _trace(path, data, pairs, "file", seconds)
+
+
+def _trace(path: Path, data: bytes, pairs: list[list[int]], kind: Kind, seconds: float | None = None) -> Trace:
+    prompt, output = np.array(pairs, dtype=np.int64).T
+    return Trace(path.name, sha256(data).hexdigest(), prompt, output, kind, seconds)
 
 
 def describe_trace(trace: Trace) -> str:
     """What was understood of a trace, in one line: requests, percentiles of lengths in tokens, duration where it is known."""
-    parts = [f"trace {trace.name} ({trace.kind}): {len(trace.prompt):,} requests"]
+    count = len(trace.prompt)
+    parts = [f"trace {trace.name} ({trace.kind}): {count:,} requests"]
     for name, lengths in (("prompt", trace.prompt), ("output", trace.output)):
-        percentiles = np.percentile(lengths, (50, 90, 99))
-        parts.append(f"{name} tokens P50 {percentiles[0]:,.0f}, P90 {percentiles[1]:,.0f}, P99 {percentiles[2]:,.0f}")
-    if trace.duration_s:
-        parts.append(f"served in {trace.duration_s:,.1f} s, {len(trace.prompt) / trace.duration_s:.2f} requests/s")
-    else:
-        parts.append("no arrival times in it")
+        parts.append(f"{name} tokens " + ", ".join(f"P{p} {np.percentile(lengths, p):,.0f}" for p in (50, 90, 99)))
+    seconds = trace.duration_s
+    parts.append(f"served in {seconds:,.1f} s, {count / seconds:.2f} requests/s" if seconds else "no arrival times in it")
     return "; ".join(parts)
 
 
 def _lengths(where: str, header: list[str], fields: list[str], limit: int) -> list[int]:
     if len(fields) != len(header):
         raise SpecError(f"{where}: got {len(fields)} fields; allowed: {len(header)}, as in the header")
-    pair = [fields[header.index(column)].strip() for column in COLUMNS]
-    for column, text in zip(COLUMNS, pair, strict=True):
+    texts = [fields[header.index(column)].strip() for column in COLUMNS]
+    for column, text in zip(COLUMNS, texts, strict=True):
         if not re.fullmatch("[1-9][0-9]{0,7}", text):
             raise SpecError(f"{where}: {column}: got {text[:60]!r}; allowed: a whole number from 1 to {MAX_TOKENS:,}")
-    if int(pair[0]) + int(pair[1]) > limit:
-        raise SpecError(f"{where}: {' + '.join(COLUMNS)}: got {' + '.join(pair)} tokens; allowed: at most {limit:,}")
-    return [int(text) for text in pair]
+    if sum(pair := [int(text) for text in texts]) > limit:
+        raise SpecError(f"{where}: {' + '.join(COLUMNS)}: got {' + '.join(texts)} tokens; allowed: at most {limit:,}")
+    return pair
 
 
 def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
@@ -184,7 +187,7 @@ def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
     positions = np.stack([start + prompt_u, start + 2 + output_u * (table.shape[1] - 3)])
     prompt, output = np.rint(np.interp(positions, np.arange(table.size), table.ravel())).astype(np.int64)
     output = np.minimum(output, TRACE_MAX - prompt)
-    digest = hashlib.sha256(np.stack([prompt, output]).tobytes()).hexdigest()
+    digest = sha256(np.stack([prompt, output]).tobytes()).hexdigest()
     return Trace("synthetic-sharegpt", digest, prompt, output, "synthetic")
 
 
@@ -199,7 +202,7 @@ def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int
         return load_trace(Path(trace_file), max_total)
     if not fetched.is_file():
         return synthetic_trace()
-    digest, expected = hashlib.sha256(fetched.read_bytes()).hexdigest(), read_spec(SOURCE, TraceSource).sha256
+    digest, expected = sha256(fetched.read_bytes()).hexdigest(), read_spec(SOURCE, TraceSource).sha256
     if digest != expected:
         raise SpecError(f"{fetched}: sha256: got {digest}; allowed: {expected}; delete it, then fetch the trace again")
     return load_trace(fetched, kind="fetched")
@@ -208,7 +211,7 @@ def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int
 def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:
     """Download the trace to `target`, whole and with the right digest or not at all. Raises SpecError."""
     source = read_spec(spec_yaml, TraceSource)
-    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == source.sha256:
+    if target.is_file() and sha256(target.read_bytes()).hexdigest() == source.sha256:
         return
     try:
         with urllib.request.urlopen(source.url, timeout=60) as answer:
@@ -216,10 +219,9 @@ def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.request.HTTPError):
             error.close()
-        raise SpecError(
-            f"{source.url}: not fetched: {' '.join(str(error).split())}; without it the trace is synthetic"
-        ) from None
-    digest = hashlib.sha256(data).hexdigest()
+        reason = " ".join(str(error).split())
+        raise SpecError(f"{source.url}: not fetched: {reason}; without it the trace is synthetic") from None
+    digest = sha256(data).hexdigest()
     if digest != source.sha256:
         raise SpecError(f"{source.url}: got sha256 {digest} of {len(data)} bytes; allowed: {source.sha256} of {source.bytes}")
     try:
@@ -249,18 +251,18 @@ def prompt_ids(request: Request, vocab_size: int) -> list[int]:
     """Random token ids in [3, vocab_size), one per prompt token, drawn from the request's seed. Raises SpecError."""
     _check("prompt_ids", vocab_size=(vocab_size, FIRST_ID + 1, 2**31))
     generator = np.random.Generator(np.random.PCG64(request.seed))
-    return [int(token) for token in generator.integers(FIRST_ID, vocab_size, request.prompt_tokens)]
+    ids: list[int] = generator.integers(FIRST_ID, vocab_size, request.prompt_tokens).tolist()
+    return ids
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Fetch the original's trace, which is no part of the project; 0 when it is there, 2 with one line of reason when not."""
-    try:
-        fetch_trace(SOURCE, FETCHED)
-        trace = choose_trace(None, FETCHED)
-    except SpecError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{FETCHED.name}: {len(trace.prompt):,} requests, sha256 {trace.sha256}")
+    parse(arguments("experiments.workload", main.__doc__), argv)
+    fetch_trace(SOURCE, FETCHED)
+    trace = choose_trace(None, FETCHED)
+    console.print(f"{FETCHED.name}: {len(trace.prompt):,} requests, sha256 {trace.sha256}")
+    result(trace=FETCHED.name, requests=len(trace.prompt), sha256=trace.sha256)
     return 0
 
 

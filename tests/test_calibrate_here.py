@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,7 +76,7 @@ def test_the_calibration_covers_what_the_testbed_asks() -> None:
     for settings, decoding in calibrate_here.settings_of(load_testbed("cpu")).values():
         known = replace(KNOWN, models=(settings.model,))
         record = SimulatedEngine(settings, known, seed=1).run(calibrate_here.calibration_phases(settings, decoding), 1e9)
-        steps, paused, _ = calibrate_here.observed([record])
+        steps, paused, _ = calibrate_here.observed(record)
         valid = calibrate_here.fit_records(steps, settings, "x", "x", "x", 128).valid
         longest, budget, batch = settings.max_model_len, settings.max_budget, settings.max_batch
         last = min(budget, longest - 1)  # tokens of the largest step
@@ -91,7 +92,7 @@ def test_first_steps_of_a_shape_and_after_a_pause_stand_apart() -> None:
     record = SimulatedEngine(SETTINGS, replace(KNOWN, jitter=Jitter(0.0)), seed=1).run(
         [Phase(64, calibrate_here.calibration_phases(SETTINGS, DECODING)[0].requests[:1])] * 2, 1e9
     )
-    warm, paused, loop = calibrate_here.observed([record])
+    warm, paused, loop = calibrate_here.observed(record)
     tokens = record.steps["prefill_tokens"] + record.steps["decode_tokens"]
     assert len(warm) == len(record.steps) - tokens.nunique()
     assert not len(paused)
@@ -112,6 +113,18 @@ def test_a_calibration_holds_where_it_was_made(found: Calibration, tmp_path: Pat
 def test_a_simulated_testbed_has_no_engine_to_calibrate(capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate_here.main(["--testbed", "a100-sim"]) == 2
     assert capsys.readouterr().err == "error: --testbed: got a100-sim, which has no engine; allowed: a testbed with one\n"
+
+
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_the_command_speaks_json_or_not_at_all(
+    option: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(KNOWN, path := tmp_path / "known.yaml")
+    monkeypatch.setattr(calibrate_here, "calibrate", lambda *_: path)
+    assert calibrate_here.main(["--testbed", "cpu", option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == lines
+    assert all(json.loads(line)["calibrations"][SETTINGS.model]["path"] == str(path) for line in told)
 
 
 def records(count: int, seed: int, late: float = 0.0) -> pd.DataFrame:
@@ -137,7 +150,7 @@ def test_fit_finds_a_known_engine(late: float, tmp_path: Path) -> None:
     unseen = unseen.query("prefill_tokens + decode_tokens <= @fitted.valid.tokens")
     unseen = unseen.query("decode_context <= @fitted.valid.decode_context")
     columns = ("prefill_tokens", "decode_tokens", "prefill_requests", "prefill_pairs", "decode_context")
-    predicted = CostModel(fitted).steps(*(unseen[column].to_numpy() for column in columns))
+    predicted = np.array([CostModel(fitted).step(*row) for row in unseen[[*columns]].to_numpy().tolist()])
     seconds = unseen["seconds"].to_numpy()
     assert predicted.sum() == pytest.approx(seconds.sum(), rel=0.02)
     assert np.abs(predicted / seconds - 1).mean() < 0.05  # jitter alone: 0.04

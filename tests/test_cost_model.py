@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import calibrate
+from experiments import calibrate, cost_model
 from experiments.cost_model import (
     CALIBRATIONS,
     Attention,
@@ -62,17 +64,6 @@ def test_masked_pairs_cost_their_share() -> None:
     assert whole.step(100, 0, 1, 5050, 0) == pytest.approx(1.0 + 10.0 + 100 * 100 * 0.002)
 
 
-def test_vectorised_equals_scalar() -> None:
-    rng = np.random.default_rng(1)
-    model = CostModel(load_calibration("a100-yi-34b-tp2"))
-    prefill, decodes = rng.integers(0, 4000, 500), rng.integers(1, 129, 500)
-    pieces = np.where(prefill > 0, rng.integers(1, 4, 500), 0)
-    pairs, context = prefill * rng.integers(1, 4000, 500), decodes * rng.integers(1, 4096, 500)
-    vector = model.steps(prefill, decodes, pieces, pairs, context)
-    columns = (c.tolist() for c in (prefill, decodes, pieces, pairs, context))
-    assert vector.tolist() == [model.step(*row) for row in zip(*columns, strict=True)]
-
-
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -86,8 +77,6 @@ def test_outside_the_valid_range(step: tuple[int, int, int, int, int], message: 
     model = CostModel(TOY)
     with pytest.raises(SpecError, match=f"^calibration toy: {message}$"):
         model.step(*step)
-    with pytest.raises(SpecError, match=f"^calibration toy: {message}$"):
-        model.steps(*(np.array([value]) for value in step))
 
 
 def test_profile_must_reach_the_end_of_the_range() -> None:
@@ -163,6 +152,19 @@ def test_stored_calibrations_are_what_the_published_data_give() -> None:
     for fitted in (yi, calibrate.calibrate_mistral(published, yi)):
         assert load_calibration(fitted.calibration) == fitted
         assert set(fitted.fixed_by) >= {"overhead_s", "linear", "decode", "jitter", "valid"}
+
+
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_the_command_speaks_json_or_not_at_all(
+    option: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(CALIBRATIONS / "published", tmp_path / "published")
+    monkeypatch.setattr(cost_model, "CALIBRATIONS", tmp_path)
+    assert calibrate.main([option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == lines
+    assert all(set(json.loads(line)["held_out"]) == {"a100-mistral-7b", "a100-yi-34b-tp2"} for line in told)
+    assert load_calibration("a100-mistral-7b", tmp_path) == load_calibration("a100-mistral-7b")
 
 
 def test_yi_goes_through_its_steps_and_not_through_the_outlier() -> None:

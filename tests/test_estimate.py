@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,14 @@ def test_the_cpu_testbed_meets_the_load_of_the_paper_in_simulation() -> None:
     assert set(found) == set(serving.load_fractions)
     for model, fractions in found.items():
         assert serving.load_fractions[model] == pytest.approx(fractions, abs=0.01)
+
+
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_the_command_speaks_json_or_not_at_all(option: str, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate.main([option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == lines
+    assert all(set(json.loads(line)["load_fractions"]) == {"mistral-7b", "yi-34b"} for line in told)
 
 
 def test_a_pass_of_figure_9a_takes_what_the_published_one_took() -> None:

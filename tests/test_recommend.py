@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -10,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import check_advice
 import numpy as np
 import pandas as pd
 import pytest
-from check_advice import measured_capacity
-from rich.console import Console
 
 from analysis import paper_capacity, recommend
 from analysis.advice import Advice, Option
@@ -25,7 +25,7 @@ from experiments.engine import Record
 from experiments.expand import LoadPoint, Session
 from experiments.metrics import of_phase, point_phase
 from experiments.provenance import gpus
-from experiments.session import run_session
+from experiments.session import run_session, warm_up
 from experiments.simulator import simulated_engine
 from experiments.spec import SpecError, load_testbed
 from experiments.trials import Load, load_sessions
@@ -160,6 +160,19 @@ def test_capacity_of_the_papers_machines(tmp_path: Path, trace: Path, capsys: py
     assert (tmp_path / "capacity-a100-sim.svg").is_file()
 
 
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_commands_speak_json_or_not_at_all(
+    option: str, lines: int, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(tmp_path, trace, "--tbt", "0.1", option) == 0
+    told = capsys.readouterr().out.splitlines()
+    written = json.loads((tmp_path / "recommend-a100-sim-mistral-7b.json").read_text())
+    assert [json.loads(line)["recommended"] for line in told] == [written["recommended"]] * lines
+    assert paper_capacity.main(["--trace", str(trace), "--report", str(tmp_path), option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [len(json.loads(line)["answers"]) for line in told] == [4] * lines
+
+
 def test_capacity_is_of_simulations_at_the_papers_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert paper_capacity.main(["--testbed", "cpu"]) == 2
     assert "TESTBED: got cpu; allowed: a simulated one at the paper's scale" in capsys.readouterr().err
@@ -204,9 +217,9 @@ def test_loads_become_sessions() -> None:
 def test_measured_capacity() -> None:
     """P99 TBT doubles from 2 to 4 requests/s: 1.41 times the first is half way on the logarithm of both."""
     rows = pd.DataFrame({"rate": [1.0, 2.0, 4.0], "tbt_p99": [0.01, 0.02, 0.04], "ttft_p50": 0.1, "delay_p50": 0.0})
-    assert measured_capacity(rows, Latency(0.02 * math.sqrt(2))) == pytest.approx(2 * math.sqrt(2))
-    assert math.isnan(measured_capacity(rows, Latency(0.005)))
-    assert measured_capacity(rows, Latency(1.0)) == 4.0
+    assert check_advice.measured_capacity(rows, Latency(0.02 * math.sqrt(2))) == pytest.approx(2 * math.sqrt(2))
+    assert math.isnan(check_advice.measured_capacity(rows, Latency(0.005)))
+    assert check_advice.measured_capacity(rows, Latency(1.0)) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -220,9 +233,9 @@ def test_measured_capacity() -> None:
 def test_what_is_said_of_the_measurements(kept: tuple[bool, bool], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     best = Option(Setting(512, 128), 2.0, "tbt_p99", Latency(0.1, 0.2, 0.0))
     advice = Advice(Latency(0.1), None, "rate", best, (), 2.0, 1.9, 2.1, (2.0,))
-    seen = {"measured": Latency(0.09, 0.21, 0.0), "simulated": Latency(0.1, 0.2, 0.0), "rate": 1.8, "requests": 60}
-    found = [seen | {"setting": Setting(size, 128), "kept": ok} for size, ok in zip((512, 256), kept, strict=True)]
-    recommend.show_confirmed(advice, found, Console(width=200))
+    seen = (1.8, 60, Latency(0.09, 0.21, 0.0), Latency(0.1, 0.2, 0.0))
+    found = [recommend.Confirmed(Setting(size, 128), *seen, ok) for size, ok in zip((512, 256), kept, strict=True)]
+    recommend.show_confirmed(advice, found)
     said = capsys.readouterr().out
     assert words in said
     assert "chunk size 512 at 1.8 requests/s: P99 TBT 90.0 ms (simulated 100.0), P50 TTFT 210.0 ms (simulated 200.0)" in said
@@ -260,7 +273,33 @@ def test_the_engine_has_the_last_word(
     assert best["rate"] == pytest.approx(0.9 * answer["best"]["rate"])
 
 
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_advice_is_checked_on_the_engine(
+    option: str, lines: int, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the simulator in the engine's place, which takes no time: the advice is good, the time is a matter of chance."""
+    monkeypatch.setattr(recommend, "serve_loads", simulated_loads)
+    monkeypatch.setattr(recommend, "TRIAL_SECONDS", 4.0)
+    monkeypatch.setattr(check_advice, "serve_loads", simulated_loads)
+    monkeypatch.setattr(check_advice, "calibrate", lambda *_: None)
+    monkeypatch.setattr(check_advice, "SECONDS", 2.0)
+    switching = dataclasses.replace(load_testbed("a100"), switch_chunk_size=True)
+    monkeypatch.setattr(check_advice, "choose_testbed", lambda *_: (switching, ""))
+    where = ["--trace", str(trace), "--report", str(tmp_path), "--runs", str(tmp_path), "--seeds", "1"]
+    assert check_advice.main([*where, option]) in (0, 1)
+    told = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["good"] for line in told] == [[True] * 3] * lines
+    table = pd.read_csv(tmp_path / "check-advice-a100-seed42.csv")
+    assert table.groupby("budget").size().eq(7).all()
+
+
 @pytest.mark.skipif(not problems(load_testbed("a100"), Path("/"), gpus()), reason="this machine has the GPUs")
 def test_a_machine_without_the_engine_says_so(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(tmp_path, trace, "--tbt", "0.1", "--testbed", "a100") == 0
     assert "not measured: " in capsys.readouterr().out
+
+
+def test_an_engine_that_knows_only_the_longest_chunk_warms_up_within_its_context() -> None:
+    base = case_of(load_testbed("a100-sim"), "mistral-7b", synthetic_trace()).session
+    (session,) = load_sessions(base, [Load(8192, 128, 0.1)], 30.0, 8192, switch=False)
+    assert {r.prompt_tokens + r.output_tokens for phase in warm_up(session) for r in phase.requests} == {8192}

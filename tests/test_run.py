@@ -71,6 +71,38 @@ def test_doctor_names_every_testbed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(name in printed for name in ("a100", "a100-sim", "cpu", "gpu-24g"))
 
 
+@pytest.mark.parametrize("arguments", [["doctor"], ["smoke", "--testbed", "cpu", "--plan"], ["smoke", *SIM]])
+def test_json_is_one_line_and_quiet_none(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert set(json.loads(line)) > ({"testbeds"} if arguments == ["doctor"] else {"figure", "testbed"})
+    assert main([*arguments, "--out", str(tmp_path), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+NODE = "import os; os.execv = lambda *_: None; from experiments import local_ray; local_ray.main({!r})"
+
+
+@pytest.mark.parametrize(
+    "command", ["from experiments import doctor; doctor.main({!r})", "from experiments import gpus; gpus.main({!r})", NODE]
+)
+def test_json_and_quiet_of_the_commands_for_a_machine(command: str) -> None:
+    for option, lines in (("--json", 1), ("--quiet", 0)):
+        words = [sys.executable, "-c", command.format([option])]
+        printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert len(printed) == lines
+        assert all(isinstance(json.loads(line), dict) for line in printed)
+
+
+def test_a_plan_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["smoke", "--testbed", "cpu", "--plan", "--json", "--out", str(tmp_path)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (session,) = plan["sessions"]
+    assert {"pass-0", "pass-1", "pass-0-repeat"} <= set(session["seconds"])
+    assert plan["trials"] == plan["trials_to_run"] == 3
+    assert session["node"] is None or session["end_s"] == plan["makespan_s"] == pytest.approx(sum(session["seconds"].values()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

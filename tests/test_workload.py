@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import threading
@@ -392,11 +393,18 @@ def test_the_command_says_what_it_fetched(
 ) -> None:
     monkeypatch.setattr(workload, "FETCHED", tmp_path / "trace.csv")
     monkeypatch.setattr(workload, "SOURCE", source_yaml(tmp_path, f"{url}/missing.csv"))
-    assert workload.main() == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert workload.main([]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert len(told.splitlines()) == 1
     monkeypatch.setattr(workload, "SOURCE", source_yaml(tmp_path, f"{url}/trace.csv"))
-    assert workload.main() == 0
+    assert workload.main([]) == 0
     assert capsys.readouterr().out == f"trace.csv: 3 requests, sha256 {hashlib.sha256(TINY).hexdigest()}\n"
+    assert workload.main(["--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert workload.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"trace": "trace.csv", "requests": 3, "sha256": hashlib.sha256(TINY).hexdigest()}
 
 
 def test_the_trace_is_fetched_from_a_fixed_commit_and_not_shipped() -> None:
