@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -110,20 +110,16 @@ def advise(case: Case, search: Search, limits: Latency) -> Advice:
     middle = len(sizes) // 2 - 1  # searched first: most others then fail at its rate
     best = climb(option(search, sizes[middle], limits, seed, 1.0), [*sizes[middle + 1 :], *reversed(sizes[:middle])])
     if not best.rate:
-        raise SpecError(_impossible(case, search, limits))
-    tried = sorted(setting.budget for setting in sizes)
-    between = [Setting((a + b) // 2, best.setting.max_batch) for a, b in pairwise(tried) if best.setting.budget in (a, b)]
-    best = climb(best, between)
-    fewer = [Setting(best.setting.budget, best.setting.max_batch // part) for part in (2, 4)]
-    best = climb(best, [setting for setting in fewer if setting.max_batch])
-    beside = [
-        option(search, Setting(budget, best.setting.max_batch), limits, seed, best.rate)
-        for budget in around(best.setting.budget, tried)
-    ]
+        alone = {setting: search.at(setting, LOWEST, seed) for setting in sizes}
+        raise _impossible(case, limits, ": no chunk size keeps that, even one request at a time", alone)
+    tried, batch = [setting.budget for setting in sizes], best.setting.max_batch
+    best = climb(best, [Setting((a + b) // 2, batch) for a, b in pairwise(tried) if best.setting.budget in (a, b)])
+    best = climb(best, [Setting(best.setting.budget, batch // part) for part in (2, 4) if batch >= part])
+    beside = [Setting(budget, best.setting.max_batch) for budget in around(best.setting.budget, tried)]
+    neighbours = tuple(option(search, setting, limits, seed, best.rate) for setting in beside)
     rates = [best.rate, *(search.capacity(best.setting, limits, other, best.rate).rate for other in case.seeds[1:])]
     slow, fast = model_error(case, search, best.setting, limits, best.rate)
-    value, low, high = interval(rates, slow / best.rate, fast / best.rate)
-    return Advice(limits, None, "rate", best, tuple(beside), value, low, high, tuple(rates))
+    return Advice(limits, None, "rate", best, neighbours, *interval(rates, slow / best.rate, fast / best.rate), tuple(rates))
 
 
 def around(budget: int, tried: Sequence[int]) -> list[int]:
@@ -134,8 +130,8 @@ def around(budget: int, tried: Sequence[int]) -> list[int]:
 def option(search: Search, setting: Setting, limits: Latency, seed: int, guess: float) -> Option:
     """The capacity of a setting, and the latencies at the highest rate served that is not above it."""
     capacity, seen = search.capacity(setting, limits, seed, guess), search.seen[setting, seed]
-    below = [step for step in seen if search.rate(step) <= capacity.rate * 1.0001]
-    return Option(setting, capacity.rate, capacity.bound_by, seen[max(below) if below else min(seen)])
+    below = max((step for step in seen if search.rate(step) <= capacity.rate * 1.0001), default=min(seen))
+    return Option(setting, capacity.rate, capacity.bound_by, seen[below])
 
 
 def model_error(case: Case, search: Search, setting: Setting, limits: Latency, rate: float) -> tuple[float, float]:
@@ -155,10 +151,9 @@ def interval(values: Sequence[float], down: float, up: float) -> tuple[float, fl
 
     Where a seed has capacity 0 the mean is the median and the interval goes down to 0.
     """
-    positive = [value for value in values if value > 0]
-    seen = sample(positive)
+    seen = sample([value for value in values if value > 0])
     low, high = map(float, seen.interval())
-    if len(positive) < len(values):
+    if seen.n < len(values):
         return sorted(values)[len(values) // 2], 0.0, high * up
     return float(seen.ratio), low * down, high * up
 
@@ -171,44 +166,33 @@ def advise_rate(case: Case, search: Search, limits: Latency, rate: float) -> Adv
     goal = "tbt_p99" if math.isinf(limits.tbt_p99) else "ttft_p50"
     seed, factor = case.seeds[0], 1 + case.calibration.error.held_out
     seen = {setting: search.serve(setting, rate, seed) for setting in case.settings_to_try()}
-    kept = {setting: seen[setting].within(limits)[0] <= 0 for setting in seen}
-    if not any(kept.values()):
-        closest = min(seen, key=lambda setting: seen[setting].within(limits)[0])
-        raise SpecError(
-            f"{case.model}: {describe(limits)} at {rate:g} requests/s: no chunk size keeps that; the closest is "
-            f"{closest.budget} tokens: {describe(seen[closest])} ({evidence(case)})"
-        )
-    top = min(getattr(seen[setting], goal) for setting in seen if kept[setting])
-    best = min(s for s in seen if kept[s] and getattr(seen[s], goal) <= (1 + TIE) * top)
-    options = {s: Option(s, rate if kept[s] else 0.0, came.within(limits)[1], came) for s, came in seen.items()}
-    beside = tuple(options[Setting(size, best.max_batch)] for size in around(best.budget, [s.budget for s in seen]))
+    kept = [setting for setting, came in seen.items() if came.within(limits)[0] <= 0]
+    if not kept:
+        raise _impossible(case, limits, f" at {rate:g} requests/s: no chunk size keeps that", seen)
+    top = min(getattr(seen[setting], goal) for setting in kept)
+    best = min(setting for setting in kept if getattr(seen[setting], goal) <= (1 + TIE) * top)
+    options = {s.budget: Option(s, rate if s in kept else 0.0, came.within(limits)[1], came) for s, came in seen.items()}
+    beside = tuple(options[size] for size in around(best.budget, [*options]))
     values = [getattr(search.serve(best, rate, other), goal) for other in case.seeds]
     slow, fast = (getattr(search.serve(best, rate * f, seed), goal) * f / values[0] for f in (factor, 1 / factor))
-    value, low, high = interval(values, fast, slow)
-    return Advice(limits, rate, goal, options[best], beside, value, low, high, tuple(values))
+    return Advice(limits, rate, goal, options[best.budget], beside, *interval(values, fast, slow), tuple(values))
 
 
 def describe(limits: Latency) -> str:
     """Latencies in words, those that are given."""
-    words = {"tbt_p99": "P99 TBT", "ttft_p50": "P50 TTFT", "delay_p50": "median delay"}
-    given = {name: getattr(limits, name) for name in words if not math.isinf(getattr(limits, name))}
-    return ", ".join(f"{words[name]} {value:.3g} s" for name, value in given.items())
+    words = {"P99 TBT": limits.tbt_p99, "P50 TTFT": limits.ttft_p50, "median delay": limits.delay_p50}
+    return ", ".join(f"{name} {value:.3g} s" for name, value in words.items() if value < math.inf)
 
 
 def evidence(case: Case) -> str:
     """What a simulated answer rests on."""
-    error = case.calibration.error
-    return (
-        f"SIMULATED with calibration {case.calibration.calibration}, step times off by {error.held_out:.1%} on held-out data; "
-        f"{case.requests} requests of trace {case.trace.name}, {len(case.seeds)} seeds"
-    )
+    error = f"step times off by {case.calibration.error.held_out:.1%} on held-out data"
+    served = f"{case.requests} requests of trace {case.trace.name}, {len(case.seeds)} seeds"
+    return f"SIMULATED with calibration {case.calibration.calibration}, {error}; {served}"
 
 
-def _impossible(case: Case, search: Search, limits: Latency) -> str:
-    """How close one can get when even one request at a time does not keep the limits."""
-    alone = {setting: search.at(setting, LOWEST, case.seeds[0]) for setting in case.settings_to_try()}
-    closest = min(alone, key=lambda setting: alone[setting].within(limits)[0])
-    return (
-        f"{case.model}: {describe(limits)}: no chunk size keeps that, even one request at a time; the closest is "
-        f"{closest.budget} tokens: {describe(alone[closest])} ({evidence(case)})"
-    )
+def _impossible(case: Case, limits: Latency, words: str, seen: Mapping[Setting, Latency]) -> SpecError:
+    """No setting keeps the limits: how close one can get."""
+    closest = min(seen, key=lambda setting: seen[setting].within(limits)[0])
+    came = f"the closest is {closest.budget} tokens: {describe(seen[closest])} ({evidence(case)})"
+    return SpecError(f"{case.model}: {describe(limits)}{words}; {came}")

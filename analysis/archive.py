@@ -6,7 +6,6 @@ stay inside, sizes that are bounded whatever the archive says of itself.
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import gzip
 import hashlib
@@ -22,26 +21,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from analysis import integrity
 from analysis.load import REFERENCE, find_runs
 from experiments.provenance import ROOT, sha256
 from experiments.spec import SpecError
+from experiments.store import MANIFEST
+from experiments.terminal import arguments, command, console, parse, result
 
-MANIFEST = "manifest-sha256.txt"
 MOST_BYTES = 2 * 2**30  # of all files together; a finished fig9a and fig9b are 10 MB, simulated ones 30 MB
 MOST_FILE = 256 * 2**20
 MOST_FILES = 50_000
 HEADER = 2**20  # what an archive may spend between two files
 NAME = re.compile(r"[\w.+@=-]{1,120}(/[\w.+@=-]{1,120}){0,12}", re.ASCII)
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    NotImplementedError,
-)
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by how a file begins
+UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError,
+              tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # fmt: skip
+Member = tuple[str, int, IO[bytes] | None]  # name, size, and what reads it; None: a folder
 
 
 class _Bounded:
@@ -68,71 +63,59 @@ def _check(archive: str, name: str, size: int, seen: set[str]) -> None:
         raise SpecError(f"{archive}: refused: {name!r}, {size} bytes; allowed: {MOST_FILES} files of {MOST_FILE} bytes")
 
 
-def _zip_files(path: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _zip_members(path: Path) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            kind = stat.S_IFMT(entry.external_attr >> 16)
-            if entry.is_dir() and kind in (0, stat.S_IFDIR):
-                _check(path.name, entry.filename.rstrip("/"), 0, set())
-                continue
-            if kind not in (0, stat.S_IFREG) or entry.flag_bits & 1:
+            kind, folder = stat.S_IFMT(entry.external_attr >> 16), entry.is_dir()
+            if kind not in (0, stat.S_IFDIR if folder else stat.S_IFREG) or entry.flag_bits & 1:
                 raise SpecError(f"{path.name}: refused: {entry.filename[:80]!r} is no plain file")
             with archive.open(entry) as data:
-                yield entry.filename, entry.file_size, data
+                yield entry.filename.rstrip("/"), entry.file_size, None if folder else data
 
 
-def _tar_files(path: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _tar_members(path: Path) -> Iterator[Member]:
     with path.open("rb") as file:
         magic = file.read(6)
         file.seek(0)
-        stream: Any = file
-        for start, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open)):
-            if magic.startswith(start):
-                stream = opener(file)
-        bounded: Any = _Bounded(stream, path.name)
+        opener: Any = next((opener for start, opener in OPENERS.items() if magic.startswith(start)), None)
+        bounded: Any = _Bounded(opener(file) if opener else file, path.name)
         with tarfile.open(fileobj=bounded, mode="r|") as archive:
             for member in archive:
-                if member.isdir():
-                    if member.name != ".":
-                        _check(path.name, member.name.removeprefix("./"), 0, set())
-                    continue
-                if not member.isreg() or member.issparse():
+                if not (member.isdir() or member.isreg()) or member.issparse():
                     raise SpecError(f"{path.name}: refused: {member.name[:80]!r} is no plain file")
                 bounded.allowed = HEADER + max(0, member.size) if member.size <= MOST_FILE else HEADER
-                data = archive.extractfile(member)
-                assert data is not None
-                yield member.name.removeprefix("./"), member.size, data
+                if member.name != ".":
+                    yield member.name.removeprefix("./"), member.size, archive.extractfile(member)
                 bounded.allowed = HEADER
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive (gzip, bzip2, xz or plain) into an empty folder.
+    """Unpack a zip or tar archive (gzip, bzip2, xz or plain) into an empty folder; folders without files are left out.
 
     Raises SpecError for what must not be in one, for what cannot be read, and for more than MOST_BYTES.
     """
     seen: set[str] = set()
     total = 0
     try:
-        for name, size, data in _zip_files(path) if zipfile.is_zipfile(path) else _tar_files(path):
+        for name, size, data in _zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path):
             _check(path.name, name, size, seen)
+            if data is None:
+                continue
             seen.add(name)
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             got = 0
-            with target.open("xb") as file:
+            with (folder / name).open("xb") as file:
                 while block := data.read(2**20):
-                    got += len(block)
-                    if got > size or total + got > MOST_BYTES:
-                        raise SpecError(
-                            f"{path.name}: refused: {name!r} holds more than it says, or all files over {MOST_BYTES}"
-                        )
+                    got, total = got + len(block), total + len(block)
+                    if got > size or total > MOST_BYTES:
+                        reason = f"{name!r} holds more than it says, or all files over {MOST_BYTES}"
+                        raise SpecError(f"{path.name}: refused: {reason}")
                     file.write(block)
             if got != size:
                 raise SpecError(f"{path.name}: cut short: {name!r} holds {got} of {size} bytes")
-            total += got
+    except SpecError:
+        raise
     except UNREADABLE as error:
-        if isinstance(error, SpecError):
-            raise
         raise SpecError(f"{path}: cannot be unpacked ({error}); a zip or tar archive is needed") from None
     if not seen:
         raise SpecError(f"{path}: holds no file; an archive of make package, or of a bag, is needed")
@@ -140,15 +123,11 @@ def unpack(path: Path, folder: Path) -> None:
 
 def problems(folder: Path) -> list[str]:
     """`changed: PATH` and so on: an unpacked package against its own manifest; empty for the archive of a bare bag."""
-    if not (folder / MANIFEST).is_file():
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
         return []
-    lines = (folder / MANIFEST).read_bytes().decode("utf-8", "replace").splitlines()
-    listed = {line[66:]: line[:64] for line in lines}
-    there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    del there[MANIFEST]
-    found = [f"changed: {name}" for name, file in there.items() if name in listed and sha256(file) != listed[name]]
-    found += [f"missing: {name}" for name in listed if name not in there]
-    return sorted(found + [f"unlisted: {name}" for name in there if name not in listed])
+    there = [path for path in folder.rglob("*") if path.is_file() and path != manifest]
+    return integrity.compare({path.relative_to(folder).as_posix(): sha256(path) for path in there}, integrity.listed(manifest))
 
 
 def runs_in(folder: Path) -> Path:
@@ -161,26 +140,23 @@ def runs_in(folder: Path) -> Path:
         raise SpecError("no bag in this archive; an archive of make package, or of a bag, is needed")
     runs = Path(tempfile.mkdtemp(dir=folder.parent))
     for number, bag in enumerate(bags, start=1):
-        match = re.search(r"^External-Identifier: ([a-z0-9-]{1,60})-[0-9a-f]{8}\r?$", _text(bag / "bag-info.txt"), re.M)
+        info = bag / "bag-info.txt"
+        said = info.read_text("utf-8", "replace") if info.is_file() else ""
+        match = re.search(r"^External-Identifier: ([a-z0-9-]{1,60})-[0-9a-f]{8}$", said, re.M)
         target = runs / (match[1] if match else "run") / f"bag-elsewhere-{number}"
         target.parent.mkdir(exist_ok=True)
         bag.rename(target)
     return runs
 
 
-def _text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-
-
 def package(runs: Path, report: Path, target: Path) -> list[str]:
     """Write the archive, the same bytes for the same content; returns the names in it. Raises SpecError without a bag."""
-    found = find_runs(runs)
-    if not found:
+    bags = [bag for found in find_runs(runs).values() for bag in found]
+    if not bags:
         raise SpecError(f"{runs}: no finished run; make fig9a makes one")
-    files = {f"runs/{bag.relative_to(runs).as_posix()}/{p.relative_to(bag).as_posix()}": p
-             for bags in found.values() for bag in bags for p in bag.rglob("*")}  # fmt: skip
-    for name, folder in (("report", report), ("reference", REFERENCE)):
-        files |= {f"{name}/{p.relative_to(folder).as_posix()}": p for p in folder.glob("*") if not p.name.startswith(".")}
+    files = {f"runs/{path.relative_to(runs).as_posix()}": path for bag in bags for path in bag.rglob("*")}
+    for folder, kept in ((report, "report"), (REFERENCE, "reference")):
+        files |= {f"{kept}/{path.name}": path for path in folder.glob("*") if not path.name.startswith(".")}
     files |= {name: ROOT / name for name in ("README.md", "LICENSE", "CITATION.cff")}
     whole = {name: path.read_bytes() for name, path in sorted(files.items()) if path.is_file() and not path.is_symlink()}
     manifest = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in whole.items())
@@ -195,21 +171,21 @@ def package(runs: Path, report: Path, target: Path) -> list[str]:
     return [MANIFEST, *whole]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is nothing to pack or it cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.archive", description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
-    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
-    parser.add_argument("--target", type=Path, default=ROOT / "artifacts" / "package.zip")
-    options = parser.parse_args(argv)
+    parser = arguments("analysis.archive", __doc__, "runs", "report")
+    parser.add_argument("--target", type=Path, default=ROOT / "artifacts" / "package.zip", help="the archive to write")
+    options = parse(parser, argv)
     try:
         names = package(options.runs, options.report, options.target)
-    except (SpecError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise SpecError(error) from None
     if not (options.report / "verdict.json").is_file():
-        print("no verdict and no report in it: make verify report makes them")
-    print(f"{options.target}: {len(names)} files, {options.target.stat().st_size:,} bytes, sha256 {sha256(options.target)}")
+        console.out("no verdict and no report in it: make verify report makes them")
+    size, digest = options.target.stat().st_size, sha256(options.target)
+    console.out(f"{options.target}: {len(names)} files, {size:,} bytes, sha256 {digest}")
+    result(archive=options.target, files=len(names), bytes=size, sha256=digest)
     return 0
 
 

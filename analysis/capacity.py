@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -43,14 +43,13 @@ class Latency:
 
     def within(self, limits: Latency) -> tuple[float, str]:
         """The worst log ratio to its limit, at most 0 if all are kept, and which latency that is."""
-        given = {f.name: getattr(limits, f.name) for f in fields(Latency)}
-        ratios = {name: getattr(self, name) / limit for name, limit in given.items() if limit < math.inf}
+        ratios = {name: getattr(self, name) / limit for name, limit in vars(limits).items() if limit < math.inf}
         name = max(ratios, key=ratios.__getitem__)
         return math.log(max(ratios[name], 1e-9)), name
 
     def times(self, factor: float) -> Latency:
         """All of them longer by a factor."""
-        return Latency(*(factor * getattr(self, f.name) for f in fields(Latency)))
+        return Latency(*(factor * value for value in vars(self).values()))
 
 
 def latency(record: Record) -> Latency:
@@ -97,11 +96,9 @@ class Search:
         """Whether the limits are kept at this very rate; 0: one request at a time. What is kept at more is kept at less."""
         step = GRID * math.log2(rate) if rate else LOWEST
         known = {at: seen.within(limits)[0] <= 0 for at, seen in self.seen.get((setting, seed), {}).items()}
-        if any(at <= step for at, kept in known.items() if not kept):
+        if not all(kept for at, kept in known.items() if at <= step):
             return False
-        if any(at >= step for at, kept in known.items() if kept):
-            return True
-        return self.at(setting, step, seed).within(limits)[0] <= 0
+        return any(kept for at, kept in known.items() if at >= step) or self.at(setting, step, seed).within(limits)[0] <= 0
 
     def capacity(self, setting: Setting, limits: Latency, seed: int, near: float = 1.0) -> Capacity:
         """Gallops from the rate `near` to a bracket, halves it to neighbours of the grid, interpolates the log ratio there.
@@ -143,8 +140,8 @@ def curve(search: Search, setting: Setting, limits: Latency, seed: int, targets:
     if not top.rate:
         return [math.nan] * len(targets)
     last = math.floor(GRID * math.log2(top.rate))
-    for step in (last, *(last - distance for distance in CURVE_STEPS)):
-        search.at(setting, step, seed)
+    for distance in (0, *CURVE_STEPS):
+        search.at(setting, last - distance, seed)
 
     def points() -> list[tuple[float, float]]:
         return [(step, seen.tbt_p99) for step, seen in sorted(search.seen[setting, seed].items()) if LOWEST < step <= last + 1]
@@ -154,5 +151,4 @@ def curve(search: Search, setting: Setting, limits: Latency, seed: int, targets:
     steps, p99 = (np.array(column, dtype=np.float64) for column in zip(*points(), strict=True))
     rates = np.minimum(2.0 ** (steps / GRID), top.rate)
     known = np.log(np.maximum.accumulate(p99))
-    found = np.exp(np.interp(np.log(targets), known, np.log(rates), left=math.nan))
-    return [float(rate) for rate in found]
+    return list(map(float, np.exp(np.interp(np.log(targets), known, np.log(rates), left=math.nan))))

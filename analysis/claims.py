@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
@@ -59,29 +59,19 @@ def load_claims() -> tuple[Claim, ...]:
     return read_spec(REFERENCE / "claims.yaml", _ClaimsFile).claims
 
 
-def _overhead(times: pd.DataFrame, statistic: Statistic) -> float:
+def _prefill_ratio(times: pd.DataFrame, statistic: Statistic) -> float:
     """times: prompt_length x chunk_size -> seconds, of one replicate. The aggregated ratio; NaN if a point is missing."""
-    split = [float(c) for c in (statistic.chunk_size, statistic.against) if c != "unchunked" and c is not None]
-    chunked = times[times.index > max(split)]
-    ratios = chunked[str(statistic.chunk_size)] / chunked[str(statistic.against)]
-    if statistic.over == "worst":
-        return float(ratios.max(skipna=False))
-    return math.exp(float(ratios.map(math.log).mean(skipna=False)))
 
+    def compared(size: object, against: object) -> pd.Series:
+        longest = max(float(str(c)) for c in (size, against) if c != "unchunked")
+        chunked = times[times.index > longest]
+        return chunked[str(size)] / chunked[str(against)]
 
-def _monotone(times: pd.DataFrame, _statistic: Statistic) -> float:
-    sizes = sorted((name for name in times.columns if name != "unchunked"), key=float)
-    lowest = math.inf
-    for small, large in pairwise(sizes):
-        chunked = times[times.index > float(large)]
-        lowest = min(lowest, float((chunked[small] / chunked[large]).min()))
-    return lowest
-
-
-PREFILL: Mapping[str, Callable[[pd.DataFrame, Statistic], float]] = {
-    "prefill_overhead": _overhead,
-    "prefill_monotone": _monotone,
-}
+    if statistic.name == "prefill_monotone":
+        sizes = sorted((name for name in times.columns if name != "unchunked"), key=float)
+        return min(math.inf, *(float(compared(*pair).min()) for pair in pairwise(sizes)))
+    found = compared(statistic.chunk_size, statistic.against)
+    return float(found.max(skipna=False) if statistic.over == "worst" else np.exp(np.log(found).mean(skipna=False)))
 
 
 def ratios(run: Run, claim: Claim) -> dict[int, float]:
@@ -95,11 +85,8 @@ def ratios(run: Run, claim: Claim) -> dict[int, float]:
         return {int(str(seed)): float(ratio) for seed, ratio in compared.items()}
     times = prefill_replicates(prefill_times(run))
     times = times[times["model"] == claim.model]
-    found = {}
-    for seed, rows in times.groupby("seed"):
-        table = rows.pivot_table(index="prompt_length", columns="chunk_size", values="seconds")
-        found[int(str(seed))] = PREFILL[statistic.name](table, statistic)
-    return found
+    tables = times.pivot_table(index=["seed", "prompt_length"], columns="chunk_size", values="seconds")
+    return {int(str(seed)): _prefill_ratio(table.droplevel(0), statistic) for seed, table in tables.groupby(level="seed")}
 
 
 @cache
@@ -108,7 +95,7 @@ def published_ratio(claim: Claim) -> float | None:
     if claim.figure != "fig9a" or claim.model != "yi-34b-200k":
         return None
     table = published_prefill().pivot_table(index="prompt_length", columns="chunk_size", values="prefill_ms")
-    return PREFILL[claim.statistic.name](table, claim.statistic)
+    return _prefill_ratio(table, claim.statistic)
 
 
 def published_verdict(claim: Claim) -> dict[str, Any]:
@@ -118,8 +105,7 @@ def published_verdict(claim: Claim) -> dict[str, Any]:
         return {"verdict": "not published", "value": None, "detail": "no data published"}
     if claim.rule == "equivalence":
         return {"verdict": "agrees", "value": ratio, "detail": f"{ratio:.3f} is the reference itself"}
-    holds = ratio > 1 if claim.rule == "ordering" else ratio <= claim.bound
-    wanted = "above 1" if claim.rule == "ordering" else f"at most {claim.bound:g}"
+    wanted, holds = ("above 1", ratio > 1) if claim.rule == "ordering" else (f"at most {claim.bound:g}", ratio <= claim.bound)
     return {"verdict": "agrees" if holds else "contradicts", "value": ratio, "detail": f"{ratio:.3f}; claimed {wanted}"}
 
 
@@ -128,10 +114,10 @@ def p_values(claim: Claim, seen: Sample) -> tuple[Array, Array]:
 
     Equivalence: two one-sided tests, both must succeed; failing is either of two tests, so its smaller p value is doubled.
     """
-    if claim.rule == "ordering":
-        return seen.p_above(1.0), seen.p_below(1.0)
-    if claim.rule == "bound":
-        return seen.p_below(claim.bound), seen.p_above(claim.bound)
+    if claim.rule != "equivalence":
+        (bound,) = _bounds(claim)
+        above, below = seen.p_above(bound), seen.p_below(bound)
+        return (above, below) if claim.rule == "ordering" else (below, above)
     low, high = _bounds(claim)
     outside = np.minimum(1.0, 2 * np.minimum(seen.p_below(low), seen.p_above(high)))
     return np.maximum(seen.p_above(low), seen.p_below(high)), outside
@@ -166,7 +152,7 @@ def rule(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> Deci
     pairs = [p_values(claim, seen) for claim, seen in zip(claims, samples, strict=True)]
     p_pass, p_fail = (np.stack([pair[side] for pair in pairs], axis=-1) for side in (0, 1))
     holds, fails = holm(p_pass), holm(p_fail)
-    level = LEVELS[min(looks, len(LEVELS)) - 1]
+    level = LEVELS[looks - 1]
     verdict = np.select([holds <= level, fails <= level], ["PASS", "FAIL"], "INCONCLUSIVE")
     return Decision(p_pass, p_fail, holds, fails, verdict, _needed(claims, samples, verdict == "INCONCLUSIVE"))
 
@@ -180,8 +166,7 @@ def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.N
         for count in range(1, len(claims) + 1):
             here = unsettled[..., number] & (left == count)
             if here.any():
-                advice = replicates_needed(seen, distance, LEVELS[-1] / count)
-                needed[..., number] = np.where(here, advice, needed[..., number])
+                needed[..., number] += here * replicates_needed(seen, distance, LEVELS[-1] / count)
     return needed
 
 
@@ -191,21 +176,18 @@ def judge(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> lis
     results = []
     for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
         low, high = map(float, seen.interval())
-        verdict = str(found.verdict[number])
         numbers = {
+            **{name: float(getattr(found, name)[number]) for name in Decision._fields if name.startswith("p_")},
             "ratio": float(seen.ratio),
             "low": low,
             "high": None if math.isinf(high) else high,
             "replicates": seen.n,
             "ratios": np.exp(seen.logs).tolist(),
-            "level": LEVELS[min(looks, len(LEVELS)) - 1],
+            "level": LEVELS[looks - 1],
             "looks": looks,
-            "p_pass": float(found.p_pass[number]),
-            "p_fail": float(found.p_fail[number]),
-            "p_pass_adjusted": float(found.p_pass_adjusted[number]),
-            "p_fail_adjusted": float(found.p_fail_adjusted[number]),
             "replicates_needed": int(found.needed[number]) or None,
         }
+        verdict = str(found.verdict[number])
         results.append({"verdict": verdict, "reason": _reason(claim, verdict, numbers), "numbers": numbers})
     return results
 
@@ -216,12 +198,9 @@ def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
     high = "unknown" if numbers["high"] is None else f"{numbers['high']:.3f}"
     what = f"ratio {name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
     if claim.rule == "equivalence":
-        center = published_ratio(claim) or math.nan
-        rule = f"published {center:.3f}, margin {claim.margin:.0%}"
+        rule = f"published {published_ratio(claim):.3f}, margin {claim.margin:.0%}"
     else:
         rule = "claimed above 1" if claim.rule == "ordering" else f"claimed at most {claim.bound:g}"
-    text = f"{what}; {rule}"
-    if verdict == "INCONCLUSIVE":
-        needed = numbers["replicates_needed"]
-        text += f"; about {needed} replicates in all would settle it" if needed else "; repetition alone will hardly settle it"
-    return text
+    needed = numbers["replicates_needed"]
+    advice = f"about {needed} replicates in all would settle it" if needed else "repetition alone will hardly settle it"
+    return f"{what}; {rule}" + (f"; {advice}" if verdict == "INCONCLUSIVE" else "")

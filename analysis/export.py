@@ -7,12 +7,10 @@ so that a late injection shows (no coordinated omission). Further keys, as --met
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from experiments.metrics import duration, of_phase, point_phase
 from experiments.provenance import ROOT
 from experiments.spec import SpecError
 from experiments.store import read_trial, to_json, trial_is_whole
+from experiments.terminal import arguments, command, console, parse, result
 
 
 def bench_result(facts: Mapping[str, Any], record: Record) -> dict[str, Any]:
@@ -37,39 +36,45 @@ def bench_result(facts: Mapping[str, Any], record: Record) -> dict[str, Any]:
     if record.tokens.empty:
         raise SpecError(f"{name}: no request got a token; there is nothing to export")
     engine, model = facts["engine"]["engine"], facts["settings"]["model"]
-    date = datetime.fromisoformat(facts["started"]).strftime("%Y%m%d-%H%M%S")
-    head = {"date": date, "endpoint_type": engine, "backend": engine, "label": None, "model_id": model, "tokenizer_id": model}
-    head |= {"num_prompts": len(record.requests), "request_rate": role["rate"] or "inf"}
-    head |= {"burstiness": 1.0, "max_concurrency": None}  # Poisson arrivals, whatever the engine is doing
-    head |= {key: facts[key] for key in ("figure", "testbed", "scale", "model", "seed", "trial")}
-    head |= {"qps": role["qps"], "chunk_size": chunk_label(role["chunk_size"]), "max_num_batched_tokens": role["budget"]}
-    return head | {"trace": facts["trace"]["name"], "start_times_are": "scheduled arrivals"} | _results(record)
+    head = {
+        "date": datetime.fromisoformat(facts["started"]).strftime("%Y%m%d-%H%M%S"), "label": None,
+        "endpoint_type": engine, "backend": engine, "model_id": model, "tokenizer_id": model,
+        "num_prompts": len(record.requests), "request_rate": role["rate"] or "inf",
+        "burstiness": 1.0, "max_concurrency": None,  # Poisson arrivals, whatever the engine is doing
+        "qps": role["qps"], "chunk_size": chunk_label(role["chunk_size"]), "max_num_batched_tokens": role["budget"],
+        "trace": facts["trace"]["name"], "start_times_are": "scheduled arrivals",
+    }  # fmt: skip
+    return head | {key: facts[key] for key in ("figure", "testbed", "scale", "model", "seed", "trial")} | _results(record)
 
 
 def _results(record: Record) -> dict[str, Any]:
     """Lists with an entry for each request, in the order of arrival; totals and summaries of those that finished."""
     requests, given = record.requests.sort_values("request"), record.tokens.groupby("request")["time_s"].agg(list)
-    finished = requests["last_step"] >= 0
-    times = [given[name] if ok else [] for name, ok in zip(requests["request"], finished, strict=True)]
-    rows = pd.DataFrame({"start": requests["arrival_s"], "prompt": requests["prompt_tokens"], "times": times, "done": finished})
-    rows["ttft"] = [own[0] - start if own else 0.0 for own, start in zip(times, rows["start"], strict=True)]
-    rows["latency"] = [own[-1] - start if own else 0.0 for own, start in zip(times, rows["start"], strict=True)]
-    rows["tokens"], rows["itl"] = [len(own) for own in times], [np.diff(own).tolist() for own in times]
-    done, seconds = rows[rows["done"]], duration(record)
-    more = done[done["tokens"] > 1]
-    samples = {"ttft": done["ttft"], "tpot": (more["latency"] - more["ttft"]) / (more["tokens"] - 1)}
-    samples |= {"itl": pd.Series(list(chain(*done["itl"])), dtype=float), "e2el": done["latency"]}
-    inputs, outputs, (peak_tokens, peak_requests) = int(done["prompt"].sum()), int(done["tokens"].sum()), _peaks(done)
-    result: dict[str, Any] = {"duration": seconds, "completed": len(done), "failed": len(rows) - len(done)}
-    result |= {"total_input_tokens": inputs, "total_output_tokens": outputs, "request_throughput": len(done) / seconds}
-    result |= {"request_goodput": None, "output_throughput": outputs / seconds}
-    result |= {"total_token_throughput": (inputs + outputs) / seconds, "rtfx": 0.0}  # rtfx: of audio
-    result |= {"max_output_tokens_per_s": peak_tokens, "max_concurrent_requests": peak_requests}
-    lists = {"input_lens": "prompt", "output_lens": "tokens", "ttfts": "ttft", "itls": "itl", "latencies": "latency"}
-    result |= {key: rows[column].tolist() for key, column in (lists | {"start_times": "start"}).items()}
-    result |= {"queue_times": [0.0] * len(rows), "generated_texts": [""] * len(rows)}  # queue: of a client, which we have not
-    result |= {"errors": ["" if ok else "not finished" for ok in rows["done"]]}
-    return result | {key: value for name, sample in samples.items() for key, value in _summary(name, sample).items()}
+    done = requests["last_step"] >= 0
+    times = [given[name] if ok else [] for name, ok in zip(requests["request"], done, strict=True)]
+    rows = pd.DataFrame({"start": requests["arrival_s"], "prompt": requests["prompt_tokens"], "times": times, "done": done})
+    rows["tokens"], rows["itl"] = rows["times"].map(len), rows["times"].map(lambda own: np.diff(own).tolist())
+    for column, which in (("ttft", 0), ("latency", -1)):
+        rows[column] = (rows["times"].str[which] - rows["start"]).fillna(0.0)
+    finished, seconds = rows[rows["done"]], duration(record)
+    more = finished[finished["tokens"] > 1]
+    inputs, outputs = int(finished["prompt"].sum()), int(finished["tokens"].sum())
+    peak_tokens, peak_requests = _peaks(finished)
+    lists = {"input_lens": "prompt", "output_lens": "tokens", "start_times": "start",
+             "ttfts": "ttft", "itls": "itl", "latencies": "latency"}  # fmt: skip
+    totals = {
+        "duration": seconds, "completed": len(finished), "failed": len(rows) - len(finished),
+        "total_input_tokens": inputs, "total_output_tokens": outputs,
+        "request_throughput": len(finished) / seconds, "output_throughput": outputs / seconds,
+        "total_token_throughput": (inputs + outputs) / seconds, "request_goodput": None, "rtfx": 0.0,  # rtfx: of audio
+        "max_output_tokens_per_s": peak_tokens, "max_concurrent_requests": peak_requests,
+        "queue_times": [0.0] * len(rows),  # of a client, which we have not
+        "generated_texts": [""] * len(rows), "errors": ["" if ok else "not finished" for ok in rows["done"]],
+    }  # fmt: skip
+    summaries = _summary("ttft", finished["ttft"]) | _summary("e2el", finished["latency"])
+    summaries |= _summary("tpot", (more["latency"] - more["ttft"]) / (more["tokens"] - 1))
+    summaries |= _summary("itl", finished["itl"].explode().dropna())
+    return totals | summaries | {key: rows[column].tolist() for key, column in lists.items()}
 
 
 def _summary(name: str, seconds: pd.Series) -> dict[str, float]:
@@ -89,24 +94,26 @@ def _peaks(done: pd.DataFrame) -> tuple[float, int]:
     return float(tokens.max()), int(present.max())
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no such trial, it is of another kind or the file cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.export", description=__doc__.split("\n")[0])
+    parser = arguments("analysis.export", __doc__)
     parser.add_argument("trial", type=Path, help="a trial's directory, .../trials/SESSION/TRIAL")
     parser.add_argument("--out", type=Path, help="default: artifacts/report/FIGURE-TESTBED-SESSION-TRIAL.json")
-    options = parser.parse_args(argv)
+    options = parse(parser, argv)
+    if not trial_is_whole(options.trial):
+        raise SpecError(f"{options.trial}: no complete trial; allowed: a directory .../trials/SESSION/TRIAL of a run")
+    facts, record = read_trial(options.trial)
+    name = "-".join(str(facts[key]) for key in ("figure", "testbed", "session", "trial"))
+    target = options.out or ROOT / "artifacts" / "report" / f"{name}.json"
+    exported = bench_result(facts, record)
     try:
-        if not trial_is_whole(options.trial):
-            raise SpecError(f"{options.trial}: no complete trial; allowed: a directory .../trials/SESSION/TRIAL of a run")
-        facts, record = read_trial(options.trial)
-        name = "-".join(str(facts[key]) for key in ("figure", "testbed", "session", "trial"))
-        target = options.out or ROOT / "artifacts" / "report" / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(to_json(bench_result(facts, record)))
-    except (SpecError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"exported to {target}")
+        target.write_text(to_json(exported))
+    except OSError as error:
+        raise SpecError(error) from None
+    console.out(f"exported to {target}")
+    result(exported=target, trial=options.trial)
     return 0
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bagit
 
+from experiments.provenance import sha256
+from experiments.store import MANIFEST
+
 BAGIT_TXT = b"BagIt-Version: 0.97\nTag-File-Character-Encoding: UTF-8\n"  # as bagit 1.8.1 writes it
-MANIFEST, TAGS = "manifest-sha256.txt", "tagmanifest-sha256.txt"
+TAGS = "tagmanifest-sha256.txt"
 TAG_FILES = ("bag-info.txt", "bagit.txt", MANIFEST)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _walk_order(name: str) -> list[tuple[bool, str]]:
@@ -24,7 +22,7 @@ def _walk_order(name: str) -> list[tuple[bool, str]]:
     return [(True, folder) for folder in folders] + [(False, file)]
 
 
-def _listed(path: Path) -> dict[str, str]:
+def listed(path: Path) -> dict[str, str]:
     """name -> digest as a manifest lists them; lines that are no such pair are left to the comparison by bytes."""
     pairs = (line.split(maxsplit=1) for line in path.read_bytes().decode("utf-8", "replace").splitlines())
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
@@ -52,46 +50,37 @@ def problems(bag: Path) -> list[str]:
     file is also compared byte for byte with what bagit would write for the files that are there.
     """
     entries = sorted(path for path in bag.rglob("*") if path.is_symlink() or not path.is_dir())
-    odd = [f"unlisted: {path.relative_to(bag).as_posix()}" for path in entries if path.is_symlink() or not path.is_file()]
-    if odd:
-        return odd
+    if odd := [path for path in entries if path.is_symlink() or not path.is_file()]:
+        return [f"unlisted: {path.relative_to(bag).as_posix()}" for path in odd]
     found = {path.relative_to(bag).as_posix() for path in entries}
-    missing = [f"missing: {name}" for name in (*TAG_FILES, TAGS) if name not in found]
-    if missing:
-        return missing
-    payload = {name: _digest(bag / name) for name in found if name.startswith("data/")}
-    listed, tags = _listed(bag / MANIFEST), _listed(bag / TAGS)
-    lines = _compare(payload, listed)
+    if missing := [name for name in (*TAG_FILES, TAGS) if name not in found]:
+        return [f"missing: {name}" for name in missing]
+    payload = {name: sha256(bag / name) for name in found if name.startswith("data/")}
+    tags = listed(bag / TAGS)
+    lines = compare(payload, listed(bag / MANIFEST))
     lines += [f"unlisted: {name}" for name in sorted(found - set(payload) - {*TAG_FILES, TAGS})]
-    actual = {name: _digest(bag / name) for name in TAG_FILES}
-    for name in TAG_FILES:
-        if tags.get(name, "").lower() != actual[name]:
-            lines.append(f"changed: {name} (or its line in {TAGS})")
-    if not lines:
-        lines += [f"changed: {name}" for name in _tag_files_not_as_written(bag, payload, actual)]
-    if not lines:
-        lines += _bagit_problems(bag)
-    return lines
+    actual = {name: sha256(bag / name) for name in TAG_FILES}
+    lines += [f"changed: {n} (or its line in {TAGS})" for n, digest in actual.items() if tags.get(n, "").lower() != digest]
+    return lines or _tag_files_not_as_written(bag, payload, actual) or _bagit_problems(bag)
 
 
-def _compare(payload: Mapping[str, str], listed: Mapping[str, str]) -> list[str]:
-    lines = [f"changed: {name}" for name, digest in payload.items() if name in listed and listed[name].lower() != digest]
-    lines += [f"missing: {name}" for name in listed if name not in payload]
-    lines += [f"unlisted: {name}" for name in payload if name not in listed]
-    return sorted(lines)
+def compare(payload: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """name -> digest of the files that are there, and as listed -> problems."""
+    lines = [f"changed: {name}" for name, digest in payload.items() if wanted.get(name, digest).lower() != digest]
+    lines += [f"missing: {name}" for name in wanted if name not in payload]
+    return sorted(lines + [f"unlisted: {name}" for name in payload if name not in wanted])
 
 
 def _tag_files_not_as_written(bag: Path, payload: Mapping[str, str], actual: Mapping[str, str]) -> list[str]:
-    names = []
-    if (bag / "bagit.txt").read_bytes() != BAGIT_TXT:
-        names.append("bagit.txt")
     manifest = "".join(f"{payload[name]}  {name}\n" for name in sorted(payload, key=_walk_order))
-    if (bag / MANIFEST).read_bytes() != manifest.encode():
-        names.append(MANIFEST)
-    tags = sorted(f"{digest} {name}\n".encode() for name, digest in actual.items())
-    if sorted((bag / TAGS).read_bytes().splitlines(keepends=True)) != tags:  # bagit lists them as the file system does
-        names.append(TAGS)
-    return names
+    tags = sorted(f"{digest} {name}" for name, digest in actual.items())
+    as_written = {
+        "bagit.txt": (bag / "bagit.txt").read_bytes() == BAGIT_TXT,
+        MANIFEST: (bag / MANIFEST).read_bytes() == manifest.encode(),
+        # bagit lists the tag files in the order in which the file system has them
+        TAGS: sorted((bag / TAGS).read_bytes().splitlines(keepends=True)) == [f"{line}\n".encode() for line in tags],
+    }
+    return [f"changed: {name}" for name, whole in as_written.items() if not whole]
 
 
 def _bagit_problems(bag: Path) -> list[str]:
@@ -107,4 +96,4 @@ def _bagit_problems(bag: Path) -> list[str]:
 
 def tagmanifest_digest(bag: Path) -> str:
     """SHA-256 of the tag manifest: this one number fixes every byte of the bag."""
-    return _digest(bag / TAGS)
+    return sha256(bag / TAGS)

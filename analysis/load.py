@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +60,19 @@ class Run:
 
     @property
     def title(self) -> str:
-        """How tables and figures are labelled: what this was measured on, and at which scale."""
+        """How tables and pictures are labelled; a simulated run names its calibrations and their held-out errors."""
         scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
         trace = f"; trace {self.trace['name']}" if self.trace else ""
-        prefix = f"SIMULATED ({', '.join(self.calibrations)}) " if self.simulated else ""
-        return prefix + str(
-            printable(f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})")
-        )
+        where = printable(f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})")
+        engines = [trial.facts["engine"] for trial in self.trials]
+        errors = {e["calibration"]: e["calibration_error"]["held_out"] for e in engines if "calibration" in e}
+        told = ", ".join(f"{name}, held-out error {error:.1%}" for name, error in sorted(errors.items()))
+        return f"SIMULATED ({told}) {where}" if self.simulated else str(where)
 
     @property
     def simulated(self) -> bool:
         """Whether the run was simulated; every table and picture of it says so."""
         return bool(self.plan["platform"] == "simulated")
-
-    @property
-    def calibrations(self) -> list[str]:
-        """What a simulated run was timed with, and the held-out error of each; empty for a measured run."""
-        found = {}
-        for trial in self.trials:
-            engine = trial.facts["engine"]
-            if "calibration" in engine:
-                found[engine["calibration"]] = engine["calibration_error"]["held_out"]
-        return [f"{name}, held-out error {error:.1%}" for name, error in sorted(found.items())]
 
     def model_error(self, model: str) -> float:
         """Held-out relative error of the step times of a model: 0 where they were measured."""
@@ -90,7 +82,13 @@ class Run:
     @cached_property
     def serving(self) -> pd.DataFrame:
         """serving_trials, computed once: every claim, gate and picture asks for it."""
-        return _serving_trials(self)
+        points = ((trial, point_phase(trial.facts["phases"])) for trial in self.trials)
+        rows = [
+            _facts(trial, phase, "qps", "rate", "budget") | serving_metrics(of_phase(trial.record, phase))
+            for trial, phase in points
+            if trial.facts["phases"][phase]["role"] == "point"
+        ]
+        return pd.DataFrame(rows)
 
     @property
     def kind(self) -> str:
@@ -115,9 +113,10 @@ class Run:
 
 def find_runs(folder: Path) -> dict[str, list[Path]]:
     """Run directory name -> its bags, in order of name."""
-    folders = [path for path in sorted(folder.glob("*")) if path.is_dir()]
-    found = {path.name: sorted(bag for bag in path.glob("bag-*") if bag.is_dir()) for path in folders}
-    return {name: bags for name, bags in found.items() if bags}
+    found: dict[str, list[Path]] = {}
+    for bag in sorted(folder.glob("*/bag-*/")):
+        found.setdefault(bag.parent.name, []).append(bag)
+    return found
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -141,33 +140,27 @@ def load_run(bags: list[Path]) -> Run:
     plans = {bag: json.loads((bag / "data" / "plan.json").read_text()) for bag in bags}
     newest = max(bags, key=lambda bag: (_ended(bag), bag.stat().st_mtime_ns, bag.name)) if len(bags) > 1 else bags[0]
     identity = plans[newest]["identity"]
+    unlike = {bag: [k for k, v in identity.items() if plan["identity"].get(k) != v] for bag, plan in plans.items()}
     chosen = [bag for bag in bags if plans[bag]["identity"] == identity]
-    aside = tuple(
-        f"{bag.name} differs in {', '.join(k for k, v in identity.items() if plans[bag]['identity'].get(k) != v)}"
-        for bag in bags
-        if bag not in chosen
-    )
-    trials = []
-    for bag in chosen:
-        for path in sorted(bag.glob("data/trials/*/*")):
-            trials.append(TrialRecord(path, *read_trial(path)))
+    aside = tuple(f"{bag.name} differs in {', '.join(unlike[bag])}" for bag in bags if bag not in chosen)
+    paths = [path for bag in chosen for path in sorted(bag.glob("data/trials/*/*"))]
+    trials = tuple(TrialRecord(path, *read_trial(path)) for path in paths)
     plan = plans[chosen[-1]]
     named = {str(plan[key]) for key in ("figure", "testbed")}
     named |= {str(trial.facts[key]) for trial in trials for key in ("figure", "testbed", "model", "session", "trial")}
     if odd := sorted(name for name in named if not NAME.fullmatch(name)):  # files are named by them, and pictures labelled
         raise SpecError(f"{chosen[-1]}: name {odd[0][:80]!r}; allowed: letters, digits and . _ + -")
-    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, tuple(trials), aside)
+    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, trials, aside)
 
 
 def differing(run: Run) -> list[str]:
     """Conditions in which a model's trials differ although they must not, as 'model: key: value, value'."""
     found = []
-    for model in run.models:
-        for key in MUST_MATCH:
-            section, name = key.split(".")
-            values = {str(trial.facts[section].get(name)) for trial in run.trials if trial.facts["model"] == model}
-            if len(values) > 1:
-                found.append(f"{model}: {key}: {', '.join(sorted(values))}")
+    for model, key in product(run.models, MUST_MATCH):
+        section, name = key.split(".")
+        values = {str(trial.facts[section].get(name)) for trial in run.trials if trial.facts["model"] == model}
+        if len(values) > 1:
+            found.append(f"{model}: {key}: {', '.join(sorted(values))}")
     return found
 
 
@@ -176,56 +169,41 @@ def chunk_label(chunk_size: float | None) -> str:
     return "unchunked" if chunk_size is None or pd.isna(chunk_size) else str(int(chunk_size))
 
 
+def by_chunk_size(table: pd.DataFrame, *before: str) -> pd.DataFrame:
+    """Rows in the order of these columns, then of chunk_size (text): by number, unchunked last."""
+    numbers = pd.to_numeric(table["chunk_size"], errors="coerce")
+    return table.assign(order=numbers).sort_values([*before, "order"], ignore_index=True).drop(columns="order")
+
+
+def _facts(trial: TrialRecord, phase: int, *of_role: str) -> dict[str, Any]:
+    """What the tables below say of a measured phase beside its times."""
+    role = trial.facts["phases"][phase]
+    found = {key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")} | {"repeat": trial.repeat}
+    return found | {key: role[key] for key in of_role} | {"chunk_size": chunk_label(role["chunk_size"])}
+
+
 def prefill_times(run: Run) -> pd.DataFrame:
     """Every prefill of a Figure 9a run.
 
-    Columns: model, in_paper, seed, trial, repeat, prompt_length, chunk_size (text), prompt_tokens, budget, seconds.
+    Columns: model, in_paper, seed, trial, repeat, prompt_length, prompt_tokens, budget, chunk_size (text), seconds.
     """
     rows = []
     for trial in run.trials:
         seconds = prefill_seconds(trial.record)
         for phase, role in enumerate(trial.facts["phases"]):
-            if role["role"] != "point":
-                continue
-            rows.append(
-                {
-                    **{key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")},
-                    "repeat": trial.repeat,
-                    "prompt_length": role["prompt_length"],
-                    "chunk_size": chunk_label(role["chunk_size"]),
-                    "prompt_tokens": role["prompt_tokens"],
-                    "budget": role["budget"],
-                    "seconds": seconds.get(phase),
-                }
-            )
+            if role["role"] == "point":
+                facts = _facts(trial, phase, "prompt_length", "prompt_tokens", "budget")
+                rows.append(facts | {"seconds": seconds.get(phase)})
     return pd.DataFrame(rows)
 
 
 def serving_trials(run: Run) -> pd.DataFrame:
     """Every trial of a Figure 9b run, saturation left out.
 
-    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), chunk_size (text), rate, then metrics.serving_metrics.
+    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), rate, budget, chunk_size (text), then
+    metrics.serving_metrics.
     """
     return run.serving.copy()
-
-
-def _serving_trials(run: Run) -> pd.DataFrame:
-    rows = []
-    for trial in run.trials:
-        phase = point_phase(trial.facts["phases"])
-        role = trial.facts["phases"][phase]
-        if role["role"] != "point":
-            continue
-        rows.append(
-            {
-                **{key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")},
-                "repeat": trial.repeat,
-                **{key: role[key] for key in ("qps", "rate", "budget")},
-                "chunk_size": chunk_label(role["chunk_size"]),
-                **serving_metrics(of_phase(trial.record, phase)),
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def repeat_ratios(run: Run) -> pd.Series:
@@ -233,13 +211,18 @@ def repeat_ratios(run: Run) -> pd.Series:
 
     Time: of the prefill in 9a, the median gap between tokens in 9b.
     """
-    if run.kind == "serving":
-        times, keys, value = serving_trials(run), ["model", "seed", "qps", "chunk_size"], "tbt_p50"
-    else:
-        times, keys, value = prefill_times(run), ["model", "seed", "prompt_length", "chunk_size"], "seconds"
+    serving = run.kind == "serving"
+    times, value = (serving_trials(run), "tbt_p50") if serving else (prefill_times(run), "seconds")
+    keys = ["model", "seed", "qps" if serving else "prompt_length", "chunk_size"]
     again = times[times["repeat"]]
     first = times.assign(trial=times["trial"] + REPEAT).merge(again, on=[*keys, "trial"], suffixes=("", "_again"))
     return first[f"{value}_again"] / first[value]
+
+
+def _relative(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
+    """The table with `relative`: the value over that of the unchunked row with the same keys."""
+    whole = table[table["chunk_size"] == "unchunked"].set_index(keys)[value].rename("whole")
+    return table.assign(relative=table[value] / table.join(whole, on=keys)["whole"])
 
 
 def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:
@@ -248,15 +231,11 @@ def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:
     `relative` its ratio to the same session's unchunked prefill of the same length.
     """
     keys = ["model", "in_paper", "seed", "prompt_length"]
-    medians = times[~times["repeat"]].groupby([*keys, "chunk_size"], sort=False)["seconds"].median().reset_index()
-    whole = medians[medians["chunk_size"] == "unchunked"].set_index(keys)["seconds"].rename("unchunked_s")
-    joined = medians.join(whole, on=keys)
-    return joined.assign(relative=joined["seconds"] / joined["unchunked_s"])
+    medians = times[~times["repeat"]].groupby([*keys, "chunk_size"], sort=False)["seconds"].median()
+    return _relative(medians.reset_index(), keys, "seconds")
 
 
 def published_prefill() -> pd.DataFrame:
     """Figure 9a as published: prompt_length, chunk_size (text), prefill_ms, relative (to unchunked)."""
     table = pd.read_csv(REFERENCE / "fig9a.csv", comment="#", dtype={"chunk_size": str})
-    whole = table[table["chunk_size"] == "unchunked"].set_index("prompt_length")["prefill_ms"].rename("unchunked_ms")
-    joined = table.join(whole, on="prompt_length")
-    return joined.assign(relative=joined["prefill_ms"] / joined["unchunked_ms"]).drop(columns="unchunked_ms")
+    return _relative(table, ["prompt_length"], "prefill_ms")

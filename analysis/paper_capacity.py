@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from pydantic.dataclasses import dataclass as spec_dataclass
-from rich.console import Console
 
 from analysis.advice import TIE, Advice, Case, Option, advise, option
-from analysis.capacity import Latency, Search, Setting
+from analysis.capacity import Latency, Setting
 from analysis.load import REFERENCE
 from analysis.plots import save
 from analysis.plots_capacity import capacity_figure
-from analysis.recommend import WORDS, case_of, curves, facts, marks, show, spread
+from analysis.recommend import WORDS, case_of, curves, facts, marks, show
 from experiments.cost_model import CostModel
-from experiments.provenance import ROOT
 from experiments.spec import STRICT, SpecError, load_testbed, read_spec
 from experiments.store import to_json
-from experiments.terminal import command
+from experiments.terminal import arguments, command, console, parse, result
 from experiments.workload import choose_trace, describe_trace
 
 
@@ -37,48 +33,28 @@ class PaperTargets:
     tbt_p99: dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Our advice and the paper's choice under one of its targets."""
-
-    name: str
-    advice: Advice
-    paper: Option
-
-
-def compare(case: Case, search: Search, paper: PaperTargets) -> Iterator[Compared]:
-    """Each of the paper's targets for a model."""
-    for name, target in paper.tbt_p99[case.model].items():
-        limits = Latency(tbt_p99=target, delay_p50=paper.delay_p50)
-        advice = advise(case, search, limits)
-        chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
-        yield Compared(name, advice, option(search, chosen, limits, case.seeds[0], advice.best.rate))
-
-
-def chunk_seconds(case: Case, size: int) -> float:
-    """Microseconds a token of a step that holds nothing but the first chunk of a prompt."""
+def microseconds(case: Case, size: int) -> float:
+    """A token's share of a step that holds nothing but the first chunk of a prompt."""
     return 1e6 * CostModel(case.calibration).step(size, 0, 1, size * (size + 1) // 2, 0) / size
 
 
-def explain(case: Case, compared: Compared) -> str:
-    """How the paper's choice compares, and why, from what bounds each."""
-    best, paper = compared.advice.best, compared.paper
+def explain(case: Case, advice: Advice, paper: Option) -> str:
+    """How the paper's choice compares with our advice, and why, from what bounds each."""
+    best = advice.best
 
     def carries(other: Option) -> str:
-        seen = f"P99 TBT {1e3 * other.latency.tbt_p99:.0f} ms there"
-        cost = f"{other.rate / best.rate - 1:+.1%}"
-        return f"{other.setting.budget} carries {other.rate:.3g} requests/s ({cost}), bound by {WORDS[other.bound_by]}, {seen}"
+        bound = f"bound by {WORDS[other.bound_by]}, P99 TBT {1e3 * other.latency.tbt_p99:.0f} ms there"
+        return f"{other.setting.budget} carries {other.rate:.3g} requests/s ({other.rate / best.rate - 1:+.1%}), {bound}"
 
-    if best.setting.budget == paper.setting.budget:
-        return f"the paper's choice too; beside it {'; '.join(map(carries, compared.advice.neighbours))}"
+    ours, theirs = best.setting.budget, paper.setting.budget
+    if ours == theirs:
+        return f"the paper's choice too; beside it {'; '.join(map(carries, advice.neighbours))}"
     if paper.bound_by == "tbt_p99":
         why = "its steps are too long for the target in this simulation"
     elif best.rate > paper.rate * (1 + TIE):
-        why = (
-            f"P99 TBT binds neither, so throughput decides; in this calibration a full chunk of {paper.setting.budget} takes "
-            f"{chunk_seconds(case, paper.setting.budget):.1f} us a token, one of {best.setting.budget} "
-            f"{chunk_seconds(case, best.setting.budget):.1f}"
-        )
+        costs = f"a full chunk of {theirs} takes {microseconds(case, theirs):.1f} us a token"
+        why = "P99 TBT binds neither, so throughput decides; in this calibration "
+        why += f"{costs}, one of {ours} {microseconds(case, ours):.1f}"
     else:
         why = f"the same within {TIE:.0%}, where the smaller chunk size is taken as its TBT is lower"
     return f"the paper chose otherwise: {carries(paper)}: {why}"
@@ -86,43 +62,38 @@ def explain(case: Case, compared: Compared) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.paper_capacity", description=__doc__)
-    parser.add_argument("--testbed", default="a100-sim")
-    parser.add_argument("--trace", help="CSV as for fig9b, or a .json of vllm bench serve --save-detailed")
-    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
-    options = parser.parse_args(argv)
-    console, began = Console(highlight=False), time.perf_counter()
-    run(options, console)
-    console.print(f"{time.perf_counter() - began:.1f} s")
-    return 0
-
-
-def run(options: argparse.Namespace, console: Console) -> None:
-    """All models of the paper's table that the testbed has. Raises SpecError."""
+    """All models of the paper's table that the testbed has. Exit status 0, or 2 for bad input."""
+    parser = arguments("analysis.paper_capacity", __doc__, "testbed", "trace", "report")
+    parser.set_defaults(testbed="a100-sim")
+    options, began = parse(parser, argv), time.perf_counter()
     testbed, paper = load_testbed(options.testbed), read_spec(REFERENCE / "capacity.yaml", PaperTargets)
     if testbed.scale > 1 or testbed.platform != "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}; allowed: a simulated one at the paper's scale, such as a100-sim")
     trace = choose_trace(options.trace)
-    console.print(describe_trace(trace), soft_wrap=True)
+    console.print(describe_trace(trace))
     tables, points, answers = [], [], []
-    for model in paper.tbt_p99:
+    for model, targets in paper.tbt_p99.items():
         case = case_of(testbed, model, trace)
-        search, targets = case.search(), spread(list(paper.tbt_p99[model].values()))
-        tables.append(curves(case, search, case.settings_to_try(), Latency(delay_p50=paper.delay_p50), targets))
-        for compared in compare(case, search, paper):
-            show(case, compared.advice, console)
-            words = explain(case, compared)
-            console.print(f"{compared.name} target of the paper: {words}", soft_wrap=True)
-            points.append(marks(case, compared.advice))
-            answers.append({"target": compared.name, "paper": words, **facts(case, compared.advice)})
-    table = pd.concat(tables, ignore_index=True)
-    target = options.report / f"capacity-{testbed.testbed}"
+        search, only_delay = case.search(), Latency(delay_p50=paper.delay_p50)
+        tables.append(curves(case, search, case.settings_to_try(), only_delay, [*targets.values()]))
+        for name, target in targets.items():
+            limits = Latency(target, delay_p50=paper.delay_p50)
+            advice = advise(case, search, limits)
+            chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
+            words = explain(case, advice, option(search, chosen, limits, case.seeds[0], advice.best.rate))
+            show(case, advice)
+            console.print(f"{name} target of the paper: {words}")
+            points.append(marks(case, advice))
+            answers.append({"target": name, "paper": words, **facts(case, advice)})
+    table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{testbed.testbed}"
     title = f"SIMULATED: capacity on {testbed.title}, median scheduling delay at most {paper.delay_p50:g} s; trace {trace.name}"
-    drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), target)
-    table.to_csv(target.with_suffix(".csv"), index=False)
-    target.with_suffix(".json").write_text(to_json({"format": 1, "source": paper.source, "answers": answers}))
-    console.print(f"{target}.csv, .json, {', '.join(path.suffix for path in drawn)}", soft_wrap=True)
+    drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), path)
+    table.to_csv(f"{path}.csv", index=False)
+    Path(f"{path}.json").write_text(to_json({"format": 1, "source": paper.source, "answers": answers}))
+    console.print(f"{path}.csv, .json, {', '.join(picture.suffix for picture in drawn)}")
+    console.print(f"{time.perf_counter() - began:.1f} s")
+    result(answers=answers, files=[f"{path}.csv", f"{path}.json", *drawn])
+    return 0
 
 
 if __name__ == "__main__":

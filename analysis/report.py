@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -17,28 +16,28 @@ from typing import Any
 import jinja2
 
 from analysis.load import find_runs, load_run
+from analysis.verify import VERDICT_FORMAT
 from analysis.views import VIEWS, View, schedule_view
-from experiments.provenance import ROOT, sha256
+from experiments.provenance import sha256
 from experiments.spec import SpecError
 from experiments.store import write_whole
-from experiments.terminal import command
+from experiments.terminal import arguments, command, console, parse, result
 
-VERDICT_FORMAT = 1
 # What is behind a verdict, as it is read: the ratio and its interval, what they are of, then the tests.
-NUMBERS = ("ratio", "low", "high", "replicates", "replicates_needed", "ratios")
-TESTS = ("p_pass", "p_pass_adjusted", "p_fail", "p_fail_adjusted", "level", "looks")
+NUMBERS = ("ratio", "low", "high", "replicates", "replicates_needed", "ratios",
+           "p_pass", "p_pass_adjusted", "p_fail", "p_fail_adjusted", "level", "looks")  # fmt: skip
 
 
 def read_verdict(path: Path) -> dict[str, Any]:
     """verdict.json. Raises SpecError if it is not there, not JSON or of another format."""
     try:
-        verdict = json.loads(path.read_text())
+        verdict: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file; run make verify first") from None
     except (OSError, ValueError) as error:
         raise SpecError(f"{path}: cannot be read ({error}); run make verify again") from None
-    if not isinstance(verdict, dict) or verdict.get("format") != VERDICT_FORMAT:
-        came = verdict.get("format") if isinstance(verdict, dict) else type(verdict).__name__
+    came = verdict.get("format") if isinstance(verdict, dict) else type(verdict).__name__
+    if came != VERDICT_FORMAT:
         raise SpecError(f"{path}: format {came!r}; this version reads format {VERDICT_FORMAT}; run make verify again")
     return verdict
 
@@ -58,17 +57,15 @@ def draw(judged: Mapping[str, Any], found: Mapping[str, list[Path]], report: Pat
     for bag in run.bags:
         if digests.get(bag.name) != sha256(bag / "tagmanifest-sha256.txt"):
             raise SpecError(f"{name}: {bag.name} is not what was judged; run make verify again")
-    make = VIEWS.get(str(run.trials[0].facts["kind"])) if run.trials else None
-    if make is None:
+    if run.kind not in VIEWS:
         return None
-    view = make(run, report / name)
+    view = VIEWS[run.kind](run, report / name)
     return replace(view, explanations=(*view.explanations, *schedule_view(run, report / name)))
 
 
 def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a claim as they are read, others after them; verdict.json has them by the alphabet."""
-    known = [key for key in (*NUMBERS, *TESTS) if key in numbers]
-    return {key: numbers[key] for key in (*known, *numbers)}
+    return {key: numbers[key] for key in (*NUMBERS, *numbers) if key in numbers}
 
 
 def render(verdict: Mapping[str, Any], views: Mapping[str, View | None], unjudged: Sequence[str]) -> str:
@@ -89,16 +86,14 @@ def render(verdict: Mapping[str, Any], views: Mapping[str, View | None], unjudge
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no verdict or it is not of these runs."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
-    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
-    options = parser.parse_args(argv)
+    options = parse(arguments("analysis.report", __doc__, "runs", "report"), argv)
     verdict = read_verdict(options.report / "verdict.json")
     found = find_runs(options.runs)
     views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
-    page = options.report / "index.html"
-    write_whole(page, render(verdict, views, sorted(set(found) - set(views))))
-    print(f"report written to {page}")
+    page, unjudged = options.report / "index.html", sorted(set(found) - set(views))
+    write_whole(page, render(verdict, views, unjudged))
+    console.out(f"report written to {page}")
+    result(report=page, overall=verdict.get("overall"), unjudged=unjudged)
     return 0
 
 

@@ -19,6 +19,7 @@ Array = npt.NDArray[np.float64]
 # One-sided, of a first look and of a last one with more replicates. A first look cannot know whether another will follow, so
 # the two share 2.5 % beforehand. The first has most of it: at 1.25 % a 10 % effect at 5 % noise needs 7 replicates, not 6.
 LEVELS = (0.02, 0.005)
+POWER = 0.8  # wanted of advice on the number of replicates
 MOST_REPLICATES = 20  # as many seeds as the figures have; what needs more is not settled by repetition
 
 
@@ -42,20 +43,20 @@ class Sample:
     @cached_property
     def error(self) -> Array:
         """Standard error of the mean log ratio; NaN below two replicates."""
-        if self.n < 2:
-            return np.full(self.logs.shape[:-1], math.nan)
-        return np.asarray(self.logs.std(axis=-1, ddof=1) / math.sqrt(self.n))
+        return np.asarray(
+            self.logs.std(axis=-1, ddof=1) / math.sqrt(self.n) if self.n > 1 else np.full_like(self.mean, math.nan)
+        )
 
     @property
     def ratio(self) -> Array:
         """Geometric mean of the ratios."""
         return np.exp(self.mean)
 
-    def interval(self, confidence: float = 0.95) -> tuple[Array, Array]:
-        """Two-sided t interval of the ratio, unadjusted; (0, inf) below two replicates, where nothing is known."""
+    def interval(self) -> tuple[Array, Array]:
+        """Two-sided 95 % t interval of the ratio, unadjusted; (0, inf) below two replicates, where nothing is known."""
         if self.n < 2:
             return np.zeros_like(self.mean), np.full_like(self.mean, math.inf)
-        half = special.stdtrit(self.n - 1, 0.5 + confidence / 2) * self.error + self.systematic
+        half = special.stdtrit(self.n - 1, 0.975) * self.error + self.systematic
         return np.exp(self.mean - half), np.exp(self.mean + half)
 
     def p_above(self, bound: float) -> Array:
@@ -72,7 +73,7 @@ class Sample:
         distance, error = distance - self.systematic, self.error
         same = error == 0.0  # replicates equal to the last digit: a simulation without jitter
         tail = special.stdtr(self.n - 1, -distance / np.where(same, 1.0, error))  # the upper tail of t
-        return np.where(same, np.where(distance > 0, 0.0, 1.0), tail)
+        return np.where(same, distance <= 0, tail)
 
 
 def sample(ratios: Sequence[float], error: float = 0.0) -> Sample:
@@ -94,24 +95,24 @@ def holm(p_values: npt.ArrayLike) -> Array:
 
 
 @cache
-def _detectable(level: float, power: float) -> Array:
-    """Distance, in standard deviations of a replicate, that n replicates detect with this power; n = 3 to MOST_REPLICATES.
+def _detectable(level: float) -> Array:
+    """Distance, in standard deviations of a replicate, that n replicates detect with POWER; n = 3 to MOST_REPLICATES.
 
     Power of the one-sided t test from the noncentral t distribution.
     """
     n = np.arange(3, MOST_REPLICATES + 1)
     critical = special.stdtrit(n - 1, 1 - level)
-    return np.asarray(special.nctdtrinc(n - 1, 1 - power, critical) / np.sqrt(n))
+    return np.asarray(special.nctdtrinc(n - 1, 1 - POWER, critical) / np.sqrt(n))
 
 
-def replicates_needed(seen: Sample, distance: Array, level: float, power: float = 0.8) -> npt.NDArray[np.int64]:
-    """Replicates in all with which a test succeeds with this power, if distance from the bound and spread stay as seen.
+def replicates_needed(seen: Sample, distance: Array, level: float) -> npt.NDArray[np.int64]:
+    """Replicates in all with which a test succeeds with POWER, if distance from the bound and spread stay as seen.
 
     distance: log units. 0 where more than MOST_REPLICATES would be needed, or nothing is known.
     """
     if seen.n < 2:
         return np.zeros(distance.shape, dtype=np.int64)
     spread = np.maximum(seen.error * math.sqrt(seen.n), 1e-12)
-    count = 3 + np.searchsorted(-_detectable(level, power), -(distance - seen.systematic) / spread)
+    count = 3 + np.searchsorted(-_detectable(level), -(distance - seen.systematic) / spread)
     count = np.maximum(count, seen.n + 1)
     return np.where(count <= MOST_REPLICATES, count, 0)

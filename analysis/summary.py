@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from analysis.load import Run, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
-from experiments.provenance import ROOT
-from experiments.terminal import command
+from analysis.load import Run, by_chunk_size, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
+from experiments.terminal import arguments, command, console, parse, result
 
 
 def prefill_table(run: Run) -> pd.DataFrame:
@@ -22,25 +20,22 @@ def prefill_table(run: Run) -> pd.DataFrame:
 
     `published_relative` stands beside the model that the paper measured, at the paper's lengths and chunk sizes.
     """
-    replicates = prefill_replicates(prefill_times(run))
     keys = ["model", "in_paper", "prompt_length", "chunk_size"]
-    table = replicates.groupby(keys, sort=False).agg(
-        replicates=("seed", "nunique"),
-        seconds=("seconds", "median"),
-        seconds_min=("seconds", "min"),
-        seconds_max=("seconds", "max"),
-        relative=("relative", "median"),
-        relative_min=("relative", "min"),
-        relative_max=("relative", "max"),
-    )
+    table = _over_replicates(prefill_replicates(prefill_times(run)), keys, ["seconds", "relative"])
     published = published_prefill().set_index(["prompt_length", "chunk_size"]).add_prefix("published_")
-    joined = table.reset_index().join(published, on=["prompt_length", "chunk_size"])
+    joined = table.join(published, on=["prompt_length", "chunk_size"])
     joined.loc[~joined["in_paper"], list(published.columns)] = float("nan")
-    order = joined["chunk_size"].map(_chunk_order)
-    joined = joined.assign(order=order).sort_values(
-        ["in_paper", "model", "prompt_length", "order"], ascending=[False, True, True, True]
-    )
-    return joined.drop(columns="order").reset_index(drop=True)
+    ordered = by_chunk_size(joined, "model", "prompt_length")
+    return ordered.sort_values("in_paper", ascending=False, kind="stable", ignore_index=True)
+
+
+def _over_replicates(rows: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
+    """keys, replicates, then value, value_min and value_max of each: its median, minimum and maximum over replicates."""
+    groups = rows.groupby(keys, sort=False)
+    table = groups[values].agg(["median", "min", "max"])
+    table.columns = ["_".join(pair).removesuffix("_median") for pair in table.columns.to_flat_index()]
+    table.insert(0, "replicates", groups["seed"].nunique())
+    return table.reset_index()
 
 
 def published_errors(table: pd.DataFrame) -> str:
@@ -50,39 +45,36 @@ def published_errors(table: pd.DataFrame) -> str:
     relative = (rows["relative"] / rows["published_relative"] - 1).abs()
     return (
         f"against the {len(rows)} published values: prefill time off by {times.mean():.1%} on average, "
-        f"{times.max():.1%} at worst; "
-        f"relative time by {relative.mean():.1%} on average, {relative.max():.1%} at worst"
+        f"{times.max():.1%} at worst; relative time by {relative.mean():.1%} on average, {relative.max():.1%} at worst"
     )
 
 
-def _spread(run: Run) -> str:
-    return f"median and range of {run.replicates} replicate{'s'[: run.replicates > 1]}"
+def _begin(run: Run, model: object, columns: Sequence[str], more: str = "") -> Table:
+    """Print what the table of a model is of; the table, to be filled."""
+    spread = f"median and range of {run.replicates} replicate{'s'[: run.replicates > 1]}"
+    console.out(f"\n{run.title}\n{model}, {spread}{more}")
+    return Table(*(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def show_prefill(run: Run, table: pd.DataFrame, console: Console) -> None:
+def _range(row: Mapping[Any, Any], value: str, digits: int, factor: float = 1.0) -> str:
+    median, low, high = (f"{factor * row[name]:.{digits}f}" for name in (value, f"{value}_min", f"{value}_max"))
+    return f"{median} ({low}-{high})"
+
+
+def show_prefill(run: Run, table: pd.DataFrame) -> None:
     """Print the table of Figure 9a with its testbed and scale."""
     for model, rows in table.groupby("model", sort=False):
-        panel = "" if rows["in_paper"].iloc[0] else ", a panel the paper does not have"
-        console.print(f"\n{run.title}\n{model}, {_spread(run)}{panel}", soft_wrap=True)
-        view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("prompt", "chunk size", "prefill ms", "relative", "published"):
-            view.add_column(name, justify="right")
+        in_paper = rows["in_paper"].iloc[0]
+        columns = ("prompt", "chunk size", "prefill ms", "relative", "published")
+        view = _begin(run, model, columns, "" if in_paper else ", a panel the paper does not have")
         for row in rows.to_dict("records"):
-            view.add_row(
-                str(row["prompt_length"]),
-                row["chunk_size"],
-                f"{1e3 * row['seconds']:.1f} ({1e3 * row['seconds_min']:.1f}-{1e3 * row['seconds_max']:.1f})",
-                f"{row['relative']:.2f} ({row['relative_min']:.2f}-{row['relative_max']:.2f})",
-                "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}",
-                end_section=row["chunk_size"] == "unchunked",
-            )
-        console.print(view)
-        if run.plan["scale"] == 1 and rows["in_paper"].iloc[0]:
-            console.print(published_errors(rows), soft_wrap=True)
-    console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
-
-
-SHOWN = ("ttft_p50", "tbt_p99")  # on the terminal, with ranges; the CSV holds every metric
+            published = "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}"
+            cells = (_range(row, "seconds", 1, 1e3), _range(row, "relative", 2), published)
+            view.add_row(str(row["prompt_length"]), row["chunk_size"], *cells, end_section=row["chunk_size"] == "unchunked")
+        console.print(view, soft_wrap=False)
+        if run.plan["scale"] == 1 and in_paper:
+            console.out(published_errors(rows))
+    console.out("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
 
 
 def serving_table(run: Run) -> pd.DataFrame:
@@ -91,34 +83,24 @@ def serving_table(run: Run) -> pd.DataFrame:
     trials = trials[~trials["repeat"]]
     keys = ["model", "qps", "chunk_size"]
     metrics = [name for name in trials.columns if name not in {*keys, "in_paper", "seed", "trial", "repeat", "budget"}]
-    table = trials.groupby(keys, sort=False)[metrics].agg(["median", "min", "max"])
-    table.columns = ["_".join(pair).removesuffix("_median") for pair in table.columns.to_flat_index()]
-    table.insert(0, "replicates", trials.groupby(keys, sort=False)["seed"].nunique())
-    order = table.reset_index().assign(order=lambda rows: rows["chunk_size"].map(_chunk_order))
-    return order.sort_values(["model", "qps", "order"]).drop(columns="order").reset_index(drop=True)
+    return by_chunk_size(_over_replicates(trials, keys, metrics), "model", "qps")
 
 
-def _chunk_order(label: str) -> float:
-    return float("inf") if label == "unchunked" else float(label)
-
-
-def show_serving(run: Run, table: pd.DataFrame, console: Console) -> None:
-    """Print the table of Figure 9b with its testbed, scale and trace."""
-    for model, rows in table.groupby("model", sort=False):
-        console.print(f"\n{run.title}\n{model}, {_spread(run)}", soft_wrap=True)
-        view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("QPS", "run at", "chunk", "P50 TTFT ms", "P99 TBT ms", "delay ms", "busy"):
-            view.add_column(name, justify="right", no_wrap=True)
-        last = None
-        for row in rows.to_dict("records"):
-            if last not in (None, row["qps"]):
-                view.add_section()
-            last = row["qps"]
-            ranges = [f"{1e3 * row[n]:.0f} ({1e3 * row[f'{n}_min']:.0f}-{1e3 * row[f'{n}_max']:.0f})" for n in SHOWN]
-            delay, busy = f"{1e3 * row['scheduling_delay_p50']:.0f}", f"{row['utilisation']:.0%}"
-            view.add_row(f"{row['qps']:g}", f"{row['rate']:.2f}", row["chunk_size"], *ranges, delay, busy)
-        console.print(view)
-    console.print("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
+def show_serving(run: Run, table: pd.DataFrame) -> None:
+    """Print the table of Figure 9b with its testbed, scale and trace; the CSV holds every metric."""
+    for model, of_model in table.groupby("model", sort=False):
+        view = _begin(run, model, ("QPS", "run at", "chunk", "P50 TTFT ms", "P99 TBT ms", "delay ms", "busy"))
+        for qps, rows in of_model.groupby("qps", sort=False):
+            for row in rows.to_dict("records"):
+                times = (
+                    _range(row, "ttft_p50", 0, 1e3),
+                    _range(row, "tbt_p99", 0, 1e3),
+                    f"{1e3 * row['scheduling_delay_p50']:.0f}",
+                )
+                view.add_row(f"{qps:g}", f"{row['rate']:.2f}", row["chunk_size"], *times, f"{row['utilisation']:.0%}")
+            view.add_section()
+        console.print(view, soft_wrap=False)
+    console.out("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
 
 
 TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
@@ -127,22 +109,22 @@ TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, s
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no finished run."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.summary", description=__doc__)
+    parser = arguments("analysis.summary", __doc__, "runs", "report")
     parser.add_argument("figure", help="a figure's name")
     parser.add_argument("--testbed", default="auto", help="auto: the testbed of the newest run")
-    parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
-    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
-    options = parser.parse_args(argv)
+    options = parse(parser, argv)
     pattern = "*" if options.testbed == "auto" else options.testbed
-    console = Console(highlight=False)
     run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
     make_table, show = TABLES[run.kind]
     table = make_table(run)
     options.report.mkdir(parents=True, exist_ok=True)
     target = options.report / f"{run.figure}-{run.testbed}.csv"
     table.to_csv(target, index=False)
-    show(run, table, console)
-    console.print(f"as CSV: {target}")
+    show(run, table)
+    console.out(f"as CSV: {target}")
+    result(
+        figure=run.figure, testbed=run.testbed, title=run.title, csv=target, points=json.loads(table.to_json(orient="records"))
+    )
     return 0
 
 

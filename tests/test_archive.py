@@ -20,11 +20,12 @@ import bagit
 import pandas as pd
 import pytest
 
-from analysis import archive, report
+from analysis import archive, report, summary
 from analysis.verify import main, verify
 from experiments.provenance import ROOT, sha256
 from experiments.spec import SpecError
 from experiments.store import to_json
+from experiments.terminal import console
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,30 @@ def test_a_package_that_was_changed_fails_and_says_what(
     assert "changed: report/verdict.json" in printed
     assert "unlisted: report/added.html" in printed
     assert printed.splitlines()[-1] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "key"),
+    [
+        (main, [], "claims"),
+        (summary.main, ["fig9a"], "points"),
+        (report.main, [], "report"),
+        (archive.main, ["--target"], "sha256"),
+    ],
+)
+def test_json_is_one_line_and_quiet_is_none(
+    command: Callable[[list[str]], int], more: list[str], key: str, packed: Path, simulated_runs: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(console, "quiet", False)  # and again after the test
+    target = [str(tmp_path / "x.zip")] if more == ["--target"] else []
+    options = ["--runs", str(simulated_runs), "--report", str(packed.parent / "report"), *more, *target]
+    status = command([*options, "--json"])
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    assert json.loads(captured.out)[key]
+    assert command([*options, "--quiet"]) == status
+    assert capsys.readouterr() == ("", captured.err)
 
 
 def bag_of(runs: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,23 @@ def test_every_point_is_drawn_at_its_values(runs: list[Run]) -> None:
         assert drawn == set(zip(1e3 * rows["measured"], 1e3 * rows["predicted"], strict=True))
         assert len({to_hex(line.get_color()) for line in axes.lines}) > 1
     assert "SIMULATED" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_the_command_speaks_json_or_not_at_all(
+    option: str,
+    lines: int,
+    runs: list[Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(validate, "measured_run", lambda _folder, figure, _testbed: runs[figure == "fig9b"])
+    monkeypatch.setattr(validate, "calibrations_for", lambda *_: CALIBRATIONS)
+    assert validate.main(["--testbed", "cpu", "--report", str(tmp_path), option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [[target["met"] for target in json.loads(line)["targets"]] for line in told] == [[True] * 4] * lines
+    assert {path.name for path in tmp_path.iterdir()} == {f"validate-cpu.{suffix}" for suffix in ("csv", "png", "svg")}
 
 
 def test_without_a_run_one_line_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

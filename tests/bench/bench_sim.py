@@ -9,6 +9,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy as np
 from experiments.expand import LoadPoint, Trial, expand
 from experiments.session import phases_of
 from experiments.simulator import simulated_engine
-from experiments.spec import SpecError, load_figure, load_testbed
+from experiments.spec import load_figure, load_testbed
+from experiments.terminal import arguments, command, console, parse, result
 from experiments.workload import Trace, choose_trace
 
 FIGURE_TARGET = (2.0, 300)  # seconds on one core, MB
@@ -44,24 +46,23 @@ def simulate(trace: Trace, requests: int | None) -> tuple[int, float, float]:
     return len(pairs), seconds, peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Print time and memory beside their targets; 1 if one is missed."""
-    try:
-        trace = choose_trace(sys.argv[1] if len(sys.argv) > 1 else None)
-    except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = arguments("tests.bench.bench_sim", __doc__)
+    parser.add_argument("trace", nargs="?", help="as for fig9b")
+    trace = choose_trace(parse(parser, argv).trace)
+    (limit_s, limit_mb), long = FIGURE_TARGET, f"simulator, one trial of {LONG_REQUESTS:,} requests"
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         trials, seconds, peak = pool.apply(simulate, (trace, None))
-        limit_s, limit_mb = FIGURE_TARGET
-        print(f"simulator, fig9b at the paper's scale, {trials} trials, trace {trace.name}:")
-        print(f"  {seconds:.2f} s on one core (target at most {limit_s:g}), peak {peak:.0f} MB (target at most {limit_mb})")
+        console.print(f"simulator, fig9b at the paper's scale, {trials} trials, trace {trace.name}:")
+        memory = f"peak {peak:.0f} MB (target at most {limit_mb})"
+        console.print(f"  {seconds:.2f} s on one core (target at most {limit_s:g}), {memory}")
         _, long_s, long_peak = pool.apply(simulate, (trace, LONG_REQUESTS))
-        print(
-            f"simulator, one trial of {LONG_REQUESTS:,} requests: {long_s:.1f} s (target at most {LONG_TARGET_S:g}), ", end=""
-        )
-        print(f"peak {long_peak:.0f} MB")
-    return 0 if seconds <= limit_s and peak <= limit_mb and long_s <= LONG_TARGET_S else 1
+        console.print(f"{long}: {long_s:.1f} s (target at most {LONG_TARGET_S:g}), peak {long_peak:.0f} MB")
+    met = seconds <= limit_s and peak <= limit_mb and long_s <= LONG_TARGET_S
+    result(met=met, seconds=seconds, peak_mb=peak, long_s=long_s, long_peak_mb=long_peak)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

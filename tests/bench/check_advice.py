@@ -13,20 +13,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
-from analysis.advice import Case, advise
+from analysis.advice import Advice, Case, advise
 from analysis.capacity import DELAY_LIMIT_S, Latency, Search, Setting, latency
 from analysis.recommend import case_of, confirm, settled, show_confirmed
 from experiments.calibrate_here import calibrate, settings_of
 from experiments.doctor import choose_testbed
-from experiments.provenance import ROOT
 from experiments.spec import SpecError, Testbed
-from experiments.terminal import command
+from experiments.terminal import arguments, command, console, parse, result
 from experiments.trials import Load, load_sessions, serve_loads
 from experiments.workload import choose_trace, describe_trace
 
@@ -41,10 +38,9 @@ ABOVE = 1.15  # a target lets through what a chunk size needs, and this much mor
 def measure(case: Case, testbed: Testbed, settings: Sequence[Setting], rates: Sequence[float], seed: int) -> pd.DataFrame:
     """Every setting at every rate on the real engine; seed, budget, rate, the latencies, and the engine seconds of all."""
     loads = [Load(setting.budget, setting.max_batch, rate) for setting in settings for rate in rates]
-    base = replace(case.session, seed=seed)
     began = time.monotonic()
-    sessions = load_sessions(base, loads, SECONDS, case.max_total, testbed.switch_chunk_size)
-    found = serve_loads(sessions, case.trace, print)
+    sessions = load_sessions(replace(case.session, seed=seed), loads, SECONDS, case.max_total, testbed.switch_chunk_size)
+    found = serve_loads(sessions, case.trace, console.print)
     spent = time.monotonic() - began
     rows = [{"seed": seed, "budget": load.budget, "rate": load.rate, **asdict(latency(record))} for load, record in found]
     return pd.DataFrame(rows).assign(engine_s=spent)
@@ -53,8 +49,8 @@ def measure(case: Case, testbed: Testbed, settings: Sequence[Setting], rates: Se
 def measured_capacity(rows: pd.DataFrame, limits: Latency) -> float:
     """Of one setting and seed: the rate where the worst ratio to a limit first exceeds 1, log-interpolated; NaN if always."""
     rows = rows.sort_values("rate")
-    names = ["tbt_p99", "ttft_p50", "delay_p50"]
-    excess = np.maximum.accumulate([Latency(*row).within(limits)[0] for row in rows[names].to_numpy().tolist()])
+    seen = rows[["tbt_p99", "ttft_p50", "delay_p50"]].to_numpy().tolist()
+    excess = np.maximum.accumulate([Latency(*row).within(limits)[0] for row in seen])
     rates = np.log(rows["rate"].to_numpy())
     if excess[0] > 0:
         return math.nan
@@ -74,80 +70,75 @@ def targets_of(case: Case, search: Search, delay: float) -> list[float]:
     return found
 
 
-def validate(options: argparse.Namespace, console: Console) -> bool:
-    """Whether both targets are met. Raises SpecError."""
-    testbed, _ = choose_testbed(options.testbed, options.runs)
-    if testbed.platform == "simulated":
-        raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
-    trace = choose_trace(options.trace)
-    console.print(describe_trace(trace), soft_wrap=True)
-    settings, decoding = settings_of(testbed)[testbed.models[options.model]]
-    began = time.monotonic()
-    calibrate(settings, decoding, testbed.testbed)
-    spent = time.monotonic() - began
-    case = case_of(testbed, options.model, trace)
-    search, delay = case.search(), DELAY_LIMIT_S / testbed.scale
-    sweep = case.settings_to_try()
-    between = [Setting((a.budget + b.budget) // 2, a.max_batch) for a, b in pairwise(sweep)]
-    sweep = sorted([*sweep, *between[: SIZES - len(sweep)]])
-    top = max(search.capacity(setting, Latency(delay_p50=delay), case.seeds[0]).rate for setting in sweep)
-    limits = [Latency(target, delay_p50=delay) for target in targets_of(case, search, delay)]
-    advised = [advise(case, search, limit) for limit in limits]
-    extra = {advice.best.setting for advice in advised} - set(sweep)
+def exhaustive(
+    case: Case, testbed: Testbed, settings: Sequence[Setting], top: float, options: argparse.Namespace
+) -> pd.DataFrame:
+    """The search on the engine: what measure returns, of all seeds; a seed measured before is read from its CSV."""
     tables = []
+    options.report.mkdir(parents=True, exist_ok=True)
     for seed in case.seeds[: options.seeds]:
         path = options.report / f"check-advice-{testbed.testbed}-seed{seed}.csv"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            measure(case, testbed, sorted({*sweep, *extra}), [top * r for r in RATES], seed).to_csv(path, index=False)
+            measure(case, testbed, settings, [top * rate for rate in RATES], seed).to_csv(path, index=False)
         tables.append(pd.read_csv(path))
     table = pd.concat(tables)
-    exhaustive = float(table.groupby("seed")["engine_s"].first().sum())
-    met = True
-    for limit, advice in zip(limits, advised, strict=True):
-        began = time.monotonic()
-        found = confirm(case, advice, testbed, console)
-        spent += time.monotonic() - began
-        predicted = f"chunk size {advice.best.setting.budget}, {advice.value:.3g} requests/s simulated"
-        console.print(f"\nP99 TBT {1e3 * limit.tbt_p99:.1f} ms: {predicted}", soft_wrap=True)
-        show_confirmed(advice, found, console)
-        real = {key: measured_capacity(rows, limit) for key, rows in table.groupby(["budget", "seed"])}
-        means = pd.Series(real).fillna(0.0).groupby(level=0).mean()
-        own, best = settled(advice, found).budget, int(str(means.idxmax()))
-        if own not in means:
-            raise SpecError(
-                f"{options.report}: check-advice-*.csv: chunk size {own} was not measured; delete them and start again"
-            )
-        ratio = float(means[own] / means[best]) if means[best] else 1.0
-        inside = advice.low <= means[best] <= advice.high
-        met &= ratio >= ENOUGH or inside
-        words = f"{means[own]:.3g} requests/s measured, {ratio:.0%} of the best ({best}: {means[best]:.3g})"
-        predicted = f"predicted {advice.low:.3g} to {advice.high:.3g}"
-        console.print(f"P99 TBT {1e3 * limit.tbt_p99:.1f} ms: chunk size {own} carries {words}; {predicted}", soft_wrap=True)
-        console.print(", ".join(f"{budget}: {rate:.3g}" for budget, rate in means.items()), soft_wrap=True)
-    share = spent / exhaustive
-    console.print(
-        f"engine time: {spent:.0f} s for calibration and three answers, {exhaustive:.0f} s for the search: {share:.0%}"
-    )
-    return met and share <= SHARE
+    if lacking := sorted({setting.budget for setting in settings} - {*table["budget"]}):
+        words = f"chunk size {lacking[0]} was not measured; delete them and start again"
+        raise SpecError(f"{options.report}: check-advice-*.csv: {words}")
+    return table
+
+
+def judge(case: Case, testbed: Testbed, advice: Advice, table: pd.DataFrame) -> tuple[bool, float]:
+    """Whether the advice is as good as the best of the search, and the engine seconds that confirming it took."""
+    began = time.monotonic()
+    found = confirm(case, advice, testbed)
+    spent = time.monotonic() - began
+    target = f"P99 TBT {1e3 * advice.limits.tbt_p99:.1f} ms"
+    console.print(f"\n{target}: chunk size {advice.best.setting.budget}, {advice.value:.3g} requests/s simulated")
+    show_confirmed(advice, found)
+    real = {key: measured_capacity(rows, advice.limits) for key, rows in table.groupby(["budget", "seed"])}
+    means = pd.Series(real).fillna(0.0).groupby(level=0).mean()
+    own, best = settled(advice, found).budget, int(str(means.idxmax()))
+    ratio = float(means[own] / means[best]) if means[best] else 1.0
+    words = f"{means[own]:.3g} requests/s measured, {ratio:.0%} of the best ({best}: {means[best]:.3g})"
+    console.print(f"{target}: chunk size {own} carries {words}; predicted {advice.low:.3g} to {advice.high:.3g}")
+    console.print(", ".join(f"{budget}: {rate:.3g}" for budget, rate in means.items()))
+    return ratio >= ENOUGH or bool(advice.low <= means[best] <= advice.high), spent
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 if a target is missed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="tests/bench/check_advice.py", description=__doc__)
-    parser.add_argument("--testbed", default="auto")
+    parser = arguments("tests.bench.check_advice", __doc__, "testbed", "trace", "runs", "report")
     parser.add_argument("--model", default="mistral-7b")
-    parser.add_argument("--trace")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--runs", type=Path, default=ROOT / "artifacts" / "runs")
-    parser.add_argument("--report", type=Path, default=ROOT / "artifacts" / "report")
-    options = parser.parse_args(argv)
-    console = Console(highlight=False)
-    met = validate(options, console)
-    console.print(
-        "met" if met else "MISSED: at least 95 % of the best or inside the interval, with a quarter of the engine time"
-    )
+    options = parse(parser, argv)
+    testbed, _ = choose_testbed(options.testbed, options.runs)
+    if testbed.platform == "simulated":
+        raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
+    trace = choose_trace(options.trace)
+    console.print(describe_trace(trace))
+    began = time.monotonic()
+    calibrate(*settings_of(testbed)[testbed.models[options.model]], testbed.testbed)
+    spent = time.monotonic() - began
+    case = case_of(testbed, options.model, trace)
+    search, delay = case.search(), DELAY_LIMIT_S / testbed.scale
+    sweep = case.settings_to_try()
+    between = [Setting((a.budget + b.budget) // 2, a.max_batch) for a, b in pairwise(sweep)]
+    sweep += between[: SIZES - len(sweep)]
+    top = max(search.capacity(setting, Latency(delay_p50=delay), case.seeds[0]).rate for setting in sweep)
+    advised = [advise(case, search, Latency(target, delay_p50=delay)) for target in targets_of(case, search, delay)]
+    settings = sorted({*sweep, *(advice.best.setting for advice in advised)})
+    table = exhaustive(case, testbed, settings, top, options)
+    judged = [judge(case, testbed, advice, table) for advice in advised]
+    spent += sum(seconds for _, seconds in judged)
+    searched = float(table.groupby("seed")["engine_s"].first().sum())
+    words = f"{spent:.0f} s for calibration and three answers, {searched:.0f} s for the search"
+    console.print(f"engine time: {words}: {spent / searched:.0%}")
+    met = all(good for good, _ in judged) and spent <= SHARE * searched
+    missed = "MISSED: at least 95 % of the best or inside the interval, with a quarter of the engine time"
+    console.print("met" if met else missed)
+    result(met=met, good=[good for good, _ in judged], advice_s=spent, search_s=searched)
     return 0 if met else 1
 
 

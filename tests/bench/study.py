@@ -5,7 +5,6 @@ Every experiment goes through claims.rule, which judges the real runs. The table
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import sys
@@ -15,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from analysis.claims import Claim, load_claims, published_ratio, rule
 from analysis.stats import LEVELS, MOST_REPLICATES, Array, Sample, replicates_needed
 from experiments.provenance import ROOT
+from experiments.terminal import arguments, command, console, parse, result
 
 DOCS = ROOT / "docs" / "verdicts.md"
 BEGIN, END = "<!-- make verify-study writes what follows -->\n", "<!-- make verify-study wrote what precedes -->\n"
@@ -37,29 +38,31 @@ EFFECTS = {  # true ratio over the ratio at which the claim turns false; 0 stand
 }
 
 
+SHOWN = ("5 %", "10 %", "25 %")  # effects of orderings, in the tables
+
+
 def noise(law: str, sigma: float, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Error of the log ratio of two settings of a session, by law; both settings meet the same machine, so it is symmetric.
 
     drift: the machine slows steadily, trials run in random order, backwards in every second session, as expand.py has them.
     outages: one setting, either one, is slowed now and then.
     """
-    normal = sigma * rng.standard_normal(shape)
+    error = sigma * rng.standard_normal(shape)
     if law == "heavy tails":  # t with 3 degrees of freedom, scaled to the same standard deviation
-        return np.asarray(sigma / math.sqrt(3) * rng.standard_t(3, shape))
-    if law.startswith("drift, "):
+        error = sigma / math.sqrt(3) * rng.standard_t(3, shape)
+    elif law.startswith("drift, "):
         first = rng.integers(0, POSITIONS, shape)
         apart = (first + rng.integers(1, POSITIONS, shape)) % POSITIONS - first
         if law == "drift, order mirrored":
             apart[..., 1::2] = -apart[..., 0::2]
         elif law == "drift, order fixed":
             apart = np.ones_like(apart)
-        return np.asarray(normal + math.log1p(DRIFT) * apart / (POSITIONS - 1))
-    if law == "outages":
-        hit = (rng.random(shape) < OUTAGE) * rng.choice([-1.0, 1.0], shape)
-        return np.asarray(normal + math.log(SLOWED) * hit)
-    if law == "outages of one setting":
-        return np.asarray(normal + math.log(SLOWED) * (rng.random(shape) < OUTAGE))
-    return np.asarray(normal)
+        error += math.log1p(DRIFT) * apart / (POSITIONS - 1)
+    elif law.startswith("outages"):
+        hit = rng.random(shape) < OUTAGE
+        which = rng.choice([-1.0, 1.0], shape) if law == "outages" else 1.0
+        error += math.log(SLOWED) * (hit * which)
+    return np.asarray(error)
 
 
 LAWS = ("normal", "heavy tails", "drift, order mirrored", "outages")
@@ -111,32 +114,30 @@ def cells(count: int, seed: int, laws: Sequence[str] = LAWS, rules: Sequence[str
 
 
 def _looks(experiment: Experiment, errors: Array, n: int) -> Iterator[dict[str, float]]:
-    claims, shifts = experiment.claims, [math.log(ratio) for ratio in experiment.ratios]
-    first = rule(claims, [Sample(shift + error[:, :n]) for shift, error in zip(shifts, errors, strict=True)], 1)
+    def seen(which: slice | npt.NDArray[np.bool_], total: int) -> list[Sample]:
+        return [Sample(math.log(ratio) + error[which, :total]) for ratio, error in zip(experiment.ratios, errors, strict=True)]
+
+    first = rule(experiment.claims, seen(slice(None), n), 1)
     yield {"looks": 1, **_rates(experiment, first.verdict)}
     verdict, unsettled = first.verdict.copy(), (first.verdict == "INCONCLUSIVE").any(axis=-1)
     advice = first.needed.max(axis=-1)
     wanted = np.where(advice > 0, advice, min(2 * n, MOST_REPLICATES))
     for total in np.unique(wanted[unsettled]):
         here = unsettled & (wanted == total)
-        samples = [Sample(shift + error[here, :total]) for shift, error in zip(shifts, errors, strict=True)]
-        verdict[here] = rule(claims, samples, 2).verdict
+        verdict[here] = rule(experiment.claims, seen(here, total), 2).verdict
     advised = unsettled & (advice > 0)
     settled = verdict[advised][:, 0] == experiment.right[0]
     extra = {"advised": float(np.median(advice[advised])), "settled": float(settled.mean())} if advised.sum() > 100 else {}
     yield {"looks": 2, **_rates(experiment, verdict, first.verdict), **extra, "follow": float(advised.mean())}
 
 
-def _rates(experiment: Experiment, *looks: np.ndarray[tuple[int, ...], np.dtype[np.str_]]) -> dict[str, float]:
+def _rates(experiment: Experiment, *looks: npt.NDArray[np.str_]) -> dict[str, float]:
     """Rates over experiments. Wrong is a wrong verdict of any claim at any look: whoever likes it may stop there."""
     right = np.array(experiment.right)
     wrong = {v: np.any([((look == v) & (right != v)).any(axis=-1) for look in looks], axis=0) for v in ("PASS", "FAIL")}
     power = (looks[0] == right)[:, right != ""]
-    return {
-        "wrong_pass": float(wrong["PASS"].mean()),
-        "wrong_fail": float(wrong["FAIL"].mean()),
-        "power": float(power.all(axis=-1).mean()) if power.size else math.nan,
-    }
+    rates = {f"wrong_{verdict.lower()}": float(found.mean()) for verdict, found in wrong.items()}
+    return rates | {"power": float(power.all(axis=-1).mean()) if power.size else math.nan}
 
 
 def limit(rule_name: str, count: int) -> float:
@@ -148,11 +149,11 @@ def limit(rule_name: str, count: int) -> float:
 def broken(table: pd.DataFrame, count: int) -> list[str]:
     """What the rule does not keep, in sentences; empty if it keeps everything."""
     found = []
-    for row in table.to_dict("records"):
-        for what in ("wrong_pass", "wrong_fail"):
-            if row[what] > limit(row["rule"], count):
-                cell = ", ".join(f"{key} {row[key]}" for key in ("rule", "effect", "law", "noise", "replicates", "looks"))
-                found.append(f"{what.replace('_', ' ')} {row[what]:.2%}, limit {limit(row['rule'], count):.2%}: {cell}")
+    for row, what in itertools.product(table.to_dict("records"), ("wrong_pass", "wrong_fail")):
+        most = limit(row["rule"], count)
+        if row[what] > most:
+            cell = ", ".join(f"{key} {row[key]}" for key in ("rule", "effect", "law", "noise", "replicates", "looks"))
+            found.append(f"{what.replace('_', ' ')} {row[what]:.2%}, limit {most:.2%}: {cell}")
     if (power := required_power(table)) < POWER:
         found.append(f"power {power:.1%} at a 10 % effect, 5 % noise, 6 replicates; wanted {POWER:.0%}")
     return found
@@ -164,24 +165,27 @@ def required_power(table: pd.DataFrame) -> float:
     return float(cell.query("noise == 0.05 and replicates == 6")["power"].iloc[0])
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}", *(f"| {' | '.join(row)} |" for row in rows)]
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [
+        f"| {' | '.join(headings)} |",
+        f"|{' --- |' * len(headings)}",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _errors(table: pd.DataFrame, count: int) -> str:
     rows = []
-    for key, group in table.groupby(["rule", "law", "looks"], sort=False):
-        name, law, looks = map(str, key)
+    for (name, law, looks), group in table.groupby(["rule", "law", "looks"], sort=False):
         worst = [f"{group[what].max():.2%}" for what in ("wrong_pass", "wrong_fail")]
-        rows.append((name, law, looks, str(len(group)), *worst, f"{limit(name, count):.2%}"))
+        rows.append((name, law, looks, len(group), *worst, f"{limit(str(name), count):.2%}"))
     return _markdown(("rule", "noise", "looks", "cells", "worst wrong PASS", "worst wrong FAIL", "limit"), rows)
 
 
 def _power(table: pd.DataFrame) -> str:
     rows = []
     chosen = table[(table["rule"] == "ordering") & (table["law"] == "normal")]
-    for effect, sigma in itertools.product(("5 %", "10 %", "25 %"), NOISE):
+    for effect, sigma in itertools.product(SHOWN, NOISE):
         cell = chosen[(chosen["effect"] == effect) & (chosen["noise"] == sigma)].set_index(["replicates", "looks"])["power"]
         rows.append((effect, f"{sigma:.0%}", *(f"{cell[n, 1]:.0%} / {cell[n, 2]:.0%}" for n in REPLICATES)))
     return _markdown(("effect", "noise", *(f"{n} replicates" for n in REPLICATES)), rows)
@@ -189,64 +193,60 @@ def _power(table: pd.DataFrame) -> str:
 
 def _advice(table: pd.DataFrame) -> str:
     rows = []
-    two = table[(table["looks"] == 2) & (table["law"] == "normal") & (table["rule"] == "ordering") & (table["replicates"] == 5)]
-    for row in two.to_dict("records"):
-        if row["effect"] in ("5 %", "10 %", "25 %") and not math.isnan(row.get("advised", math.nan)):
-            logs = math.log(EFFECTS["ordering"][row["effect"]]) + row["noise"] * np.array([-1.0, 0.0, 1.0])
-            takes = int(replicates_needed(Sample(logs), np.array(logs.mean()), LEVELS[-1])) or f"over {MOST_REPLICATES}"
-            shares = (f"{row['follow']:.0%}", f"{row['advised']:.0f}", f"{takes}", f"{row['settled']:.0%}")
-            rows.append((row["effect"], f"{row['noise']:.0%}", *shares))
+    two = table.query("looks == 2 and law == 'normal' and rule == 'ordering' and replicates == 5")
+    for row in two[two["effect"].isin(SHOWN) & two["advised"].notna()].to_dict("records"):
+        logs = math.log(EFFECTS["ordering"][row["effect"]]) + row["noise"] * np.array([-1.0, 0.0, 1.0])
+        takes = int(replicates_needed(Sample(logs), np.array(logs.mean()), LEVELS[-1])) or f"over {MOST_REPLICATES}"
+        shares = (f"{row['follow']:.0%}", f"{row['advised']:.0f}", takes, f"{row['settled']:.0%}")
+        rows.append((row["effect"], f"{row['noise']:.0%}", *shares))
     headings = ("effect", "noise", "INCONCLUSIVE with advice", "median advice", "what 80 % power takes", "then settled rightly")
     return _markdown(headings, rows)
 
 
 def _unprotected(table: pd.DataFrame) -> str:
-    rows = []
-    for key, group in table[table["rule"] == "ordering"].groupby(["law", "looks"], sort=False):
-        law, looks = map(str, key)
-        rows.append((law, looks, f"{group['wrong_pass'].max():.1%}", f"{group['wrong_fail'].max():.1%}"))
+    groups = table[table["rule"] == "ordering"].groupby(["law", "looks"], sort=False)[["wrong_pass", "wrong_fail"]].max()
+    rows = [(*key, *(f"{worst:.1%}" for worst in row)) for key, row in zip(groups.index, groups.to_numpy(), strict=True)]
     return _markdown(("noise", "looks", "worst wrong PASS", "worst wrong FAIL"), rows)
 
 
 def describe(table: pd.DataFrame, unprotected: pd.DataFrame, count: int, seed: int) -> str:
     """The tables as Markdown."""
-    return "\n".join(
-        (
-            f"{count:,} synthetic experiments in each of {len(table):,} cells, seed {seed}.\n",
-            "Wrong verdicts, worst over effects, noise of 1 to 20 % and 3 to 10 replicates:\n",
-            _errors(table, count),
-            "Power of one ordering, first look / with a second, normal noise:\n",
-            _power(table),
-            f"At 10 %, 5 % and 6 replicates, first look: {required_power(table):.1%}; at least {POWER:.0%} is wanted.\n",
-            'The advice "about N replicates would settle it" of a first look at 5 replicates, and what came of following it:\n',
-            _advice(table),
-            "What no test over replicates protects from, orderings; these are outside the limits:\n",
-            _unprotected(unprotected),
-        )
+    parts = (
+        f"{count:,} synthetic experiments in each of {len(table):,} cells, seed {seed}.\n",
+        "Wrong verdicts, worst over effects, noise of 1 to 20 % and 3 to 10 replicates:\n",
+        _errors(table, count),
+        "Power of one ordering, first look / with a second, normal noise:\n",
+        _power(table),
+        f"At 10 %, 5 % and 6 replicates, first look: {required_power(table):.1%}; at least {POWER:.0%} is wanted.\n",
+        'The advice "about N replicates would settle it" of a first look at 5 replicates, and what came of following it:\n',
+        _advice(table),
+        "What no test over replicates protects from, orderings; these are outside the limits:\n",
+        _unprotected(unprotected),
     )
+    return "\n".join(parts)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 if every cell keeps its limit and the power is as wanted, else 1."""
-    parser = argparse.ArgumentParser(prog="tests/bench/study.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--experiments", type=int, default=EXPERIMENTS)
+    parser = arguments("tests.bench.study", __doc__)
+    parser.add_argument("--experiments", type=int, default=EXPERIMENTS, help="of each cell")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--docs", type=Path, default=DOCS, help="Markdown file whose tables are renewed")
     parser.add_argument("--csv", type=Path, help="write every cell here")
-    options = parser.parse_args(argv)
-    began = time.monotonic()
-    table = cells(options.experiments, options.seed)
-    text = describe(
-        table, cells(options.experiments, options.seed, UNPROTECTED, ["ordering"]), options.experiments, options.seed
-    )
-    print(text)
+    options = parse(parser, argv)
+    began, count, seed = time.monotonic(), options.experiments, options.seed
+    table = cells(count, seed)
+    text = describe(table, cells(count, seed, UNPROTECTED, ["ordering"]), count, seed)
+    console.out(text)
     before, _, rest = options.docs.read_text().partition(BEGIN)
     options.docs.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
     if options.csv:
         table.to_csv(options.csv, index=False)
-    failures = broken(table, options.experiments)
-    print("\n".join(failures) or "every cell keeps its limit")
-    print(f"{time.monotonic() - began:.0f} s; tables written to {options.docs}")
+    failures = broken(table, count)
+    console.out("\n".join(failures) or "every cell keeps its limit")
+    console.out(f"{time.monotonic() - began:.0f} s; tables written to {options.docs}")
+    result(broken=failures, docs=options.docs, experiments=count, seed=seed)
     return 1 if failures else 0
 
 
