@@ -15,6 +15,8 @@ MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b
 TBT_P99 ?=##         in make recommend, the target for P99 TBT, seconds
 TTFT_P50 ?=##        in make recommend, the target for P50 TTFT, seconds
 QPS ?=##             in make recommend, a load that is given, requests per second; then the best latency is looked for
+QUIET ?=##           1: errors only; the exit status tells the rest
+JSON ?=##            1: the result as one line of JSON, and nothing else
 ALL ?=##             1: in make verify, a claim that was not run counts as INCONCLUSIVE
 PYTHON ?= python3##  the Python that makes the virtual environment; 3.11 or 3.12
 IN ?= $(if $(filter-out 0,$(HAS_GPU)),$(if $(HAS_DOCKER),docker,host),host)##     docker or host: where targets run; default: docker if an NVIDIA GPU and docker are there
@@ -37,12 +39,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes --only-binary :all:
 # As pip does it, but on two cores and without what is hardly ever imported: 25 s less.
+DONE = echo "setup: done in $$SECONDS s" >&2
 COMPILE := $(PY) -m compileall -q -j 2 -x '/tests?/|transformers/models/' $(VENV)/lib >/dev/null 2>&1 || true
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 HAS_DOCKER := $(shell command -v $(DOCKER) 2>/dev/null)
 ENGINE := $(if $(filter %-sim,$(TESTBED)),core,$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu))
+SAY = $(if $(QUIET),--quiet) $(if $(JSON),--json)
 RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICATES),--replicates $(REPLICATES)) \
-	$(if $(TRACE),--trace $(TRACE))
+	$(if $(TRACE),--trace $(TRACE)) $(SAY)
 
 .PHONY: help
 help: ## list the targets
@@ -52,7 +56,7 @@ help: ## list the targets
 
 # Two makes at once would install into one environment: the second waits, and says so.
 LOCK = exec 9>.setup.lock; flock -n 9 || { \
-	echo "setup: another make is setting up here; waiting for it"; flock 9; test ! $@ -nt $< || exit 0; };
+	echo "setup: another make is setting up here; waiting for it" >&2; flock 9; test ! $@ -nt $< || exit 0; };
 
 # -- image ---------------------------------------------------------------------------------------------------------
 IMAGE := chunked-prefill:$(TARGET)
@@ -77,7 +81,7 @@ preflight: $(BUILT)
 	@docker/preflight.sh run
 
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
-ifneq ($(filter test test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
+ifneq ($(filter test coverage test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
 override IN := host
 else
 export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS NODE_IP OUT TRACE BAG
@@ -96,20 +100,20 @@ else
 # -- environment ---------------------------------------------------------------------------------------------------
 $(VENV)/core.stamp: docker/core.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: PYTHON: got %d.%d; 3.11 or newer is needed" % v)'
-	@$(LOCK) test -x $(PY) || $(PYTHON) -m venv $(VENV); echo "setup: what simulation and analysis need (about 20 s)"; \
-	$(PIP) -r $<; $(COMPILE); touch $@
+	@$(LOCK) test -x $(PY) || $(PYTHON) -m venv $(VENV); echo "setup: what simulation and analysis need (about 20 s)" >&2; \
+	$(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
 
 # torch comes first: its CPU build is not on the ordinary index. The hashes are in the lock either way.
 $(VENV)/cpu.stamp: docker/cpu.lock docker/torch-cpu.lock $(VENV)/core.stamp
-	@$(LOCK) echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)"; \
+	@$(LOCK) echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)" >&2; \
 	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r docker/torch-cpu.lock; \
-	$(PIP) -r $<; $(COMPILE); touch $@
+	$(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
 
 $(VENV)/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp
-	@$(LOCK) echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)"; $(PIP) -r $<; $(COMPILE); touch $@
+	@$(LOCK) echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)" >&2; $(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
 
 $(VENV)/dev.stamp: docker/dev.lock $(VENV)/cpu.stamp
-	@$(LOCK) echo "setup: tools for tests and lint (about 20 s)"; $(PIP) -r $<; $(COMPILE); touch $@
+	@$(LOCK) echo "setup: tools for tests and lint (about 20 s)" >&2; $(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
 
 endif
 
@@ -129,29 +133,29 @@ plan: $(if $(RAY_ADDRESS),setup,$(VENV)/core.stamp) ## sessions, trials, schedul
 .PHONY: smoke
 smoke: setup ## the smallest real run of the whole path, under 2 minutes
 	@$(RUN) smoke
-	@$(PY) -m analysis.summary smoke --testbed $(TESTBED) --runs $(OUT)
+	@$(PY) -m analysis.summary smoke --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: fig9a
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table
 	@$(RUN) fig9a
-	@$(PY) -m analysis.summary fig9a --testbed $(TESTBED) --runs $(OUT)
+	@$(PY) -m analysis.summary fig9a --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: fig9b
 fig9b: setup ## Figure 9b, latency against throughput: run or resume, seal, print the table
 	@$(RUN) fig9b
-	@$(PY) -m analysis.summary fig9b --testbed $(TESTBED) --runs $(OUT)
+	@$(PY) -m analysis.summary fig9b --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: trace
 trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; without it a synthetic one is used
-	@$(PY) -m experiments.workload
+	@$(PY) -m experiments.workload $(SAY)
 
 .PHONY: verify
 verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line
-	@$(PY) -m analysis.verify $(if $(BAG),--bag "$(BAG)",--runs $(OUT)) $(if $(ALL),--all)
+	@$(PY) -m analysis.verify $(if $(BAG),--bag "$(BAG)",--runs $(OUT)) $(if $(ALL),--all) $(SAY)
 
 .PHONY: package
 package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference with a manifest; make verify BAG=it checks it
-	@$(PY) -m analysis.archive --runs $(OUT)
+	@$(PY) -m analysis.archive --runs $(OUT) $(SAY)
 
 .PHONY: verify-study
 verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
@@ -159,7 +163,7 @@ verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments w
 
 .PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
-	@$(PY) -m analysis.report --runs $(OUT)
+	@$(PY) -m analysis.report --runs $(OUT) $(SAY)
 
 .PHONY: node
 node: NETWORK := host
@@ -172,24 +176,24 @@ pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into 
 
 .PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
-	@$(PY) -m analysis.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))"
+	@$(PY) -m analysis.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))" $(SAY)
 
 .PHONY: calibrate
 calibrate: setup ## fit the simulator to this machine's engine, under a minute per model, with a held-out error
-	@$(PY) -m experiments.calibrate_here --testbed $(TESTBED) --out $(OUT)
+	@$(PY) -m experiments.calibrate_here --testbed $(TESTBED) --out $(OUT) $(SAY)
 
 .PHONY: validate
 validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
-	@$(PY) -m analysis.validate --testbed $(TESTBED) --runs $(OUT)
+	@$(PY) -m analysis.validate --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: recommend
 recommend: setup ## the chunk size for MODEL and targets TBT_P99, TTFT_P50 (s), or a load QPS; confirmed on this machine's engine
 	@$(PY) -m analysis.recommend --testbed $(TESTBED) --runs $(OUT) --model '$(MODEL)' --tbt '$(TBT_P99)' --ttft '$(TTFT_P50)' \
-		--qps '$(QPS)' $(if $(TRACE),--trace $(TRACE))
+		--qps '$(QPS)' $(if $(TRACE),--trace $(TRACE)) $(SAY)
 
 .PHONY: capacity
 capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices
-	@$(PY) -m analysis.paper_capacity $(if $(TRACE),--trace $(TRACE))
+	@$(PY) -m analysis.paper_capacity $(if $(TRACE),--trace $(TRACE)) $(SAY)
 
 .PHONY: check-advice
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
@@ -203,7 +207,12 @@ bench: setup ## speed and memory of the simulator; our loop against a bare loop 
 # -- developing ----------------------------------------------------------------------------------------------------
 .PHONY: test
 test: $(VENV)/dev.stamp ## all tests, the real engine on the CPU included
-	@$(PY) -m pytest $(PYTEST)
+	@$(PY) -m pytest $(or $(PYTEST),-m "not alone" -n 2 --dist loadfile)
+	@$(if $(PYTEST),,$(PY) -m pytest -m alone)
+
+.PHONY: coverage
+coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by make test; an error below 90 %
+	@$(PY) -m pytest -m "not alone" -n 2 --dist loadfile --cov
 
 .PHONY: torture
 torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left

@@ -9,11 +9,18 @@ from experiments.expand import Session, expand
 from experiments.provenance import ROOT
 from experiments.run import main
 from experiments.spec import load_figure, load_testbed
+from experiments.terminal import arguments, parse
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def told() -> None:
+    """Commands say what they do, whatever the test before asked of them."""
+    parse(arguments("tests", None), [])
 
 
 @pytest.fixture

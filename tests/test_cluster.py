@@ -161,6 +161,7 @@ def gpu_seconds(facts: Sequence[dict[str, Any]], until: datetime) -> float:
     return total
 
 
+@pytest.mark.alone
 def test_four_nodes_run_every_trial_once_as_planned(on: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure, testbed = on.specs("whole", [2048, 4096], [512, "unchunked"], LOAD_S, 2)
     engines(monkeypatch, 1.0, LOAD_S)

@@ -266,11 +266,11 @@ def test_a_second_make_waits_while_the_first_sets_up(tmp_path: Path) -> None:
     with (tmp_path / ".setup.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = ["make", ".venv/core.stamp", f"PYTHON={python}"]
-        second = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        assert second.stdout is not None
-        assert second.stdout.readline() == "setup: another make is setting up here; waiting for it\n"
+        second = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None
+        assert second.stderr.readline() == "setup: another make is setting up here; waiting for it\n"
         assert second.poll() is None
-    rest = second.communicate(timeout=20)[0]
+    rest = second.communicate(timeout=20)[1]
     assert "setup: what simulation and analysis need" in rest
     assert second.returncode == 0
 
@@ -281,7 +281,7 @@ def test_a_second_make_waits_while_the_first_sets_up(tmp_path: Path) -> None:
 def test_a_damaged_trial_is_set_aside_and_only_it_is_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.run._seal", lambda _plan: "nothing yet")
+    monkeypatch.setattr("experiments.run._seal", lambda plan: plan.run.folder)
     assert main([*SIM, str(tmp_path)]) == 0
     before = trials(tmp_path)
     victim = next(tmp_path.glob("*/open-*/trials/*/pass-1/steps.parquet"))
