@@ -81,7 +81,7 @@ preflight: $(BUILT)
 	@docker/preflight.sh run
 
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
-ifneq ($(filter test coverage test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
+ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
 override IN := host
 else
 export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS NODE_IP OUT TRACE BAG
@@ -205,14 +205,21 @@ bench: setup ## speed and memory of the simulator; our loop against a bare loop 
 	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py)
 
 # -- developing ----------------------------------------------------------------------------------------------------
+# Engines first, then the rest beside them: a file is never split, what a module sets up is shared.
+SIDE_BY_SIDE := -m "not cluster" -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
-test: $(VENV)/dev.stamp ## all tests, the real engine on the CPU included
-	@$(PY) -m pytest $(or $(PYTEST),-m "not alone" -n 2 --dist loadfile)
-	@$(if $(PYTEST),,$(PY) -m pytest -m alone)
+test: $(VENV)/dev.stamp ## all tests but those of clusters and images, the real engine on the CPU included
+	@$(PY) -m pytest $(or $(PYTEST),$(SIDE_BY_SIDE))
+
+.PHONY: test-cluster
+test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 3 min
+	@$(PY) -m pytest tests/test_cluster.py $(PYTEST)
 
 .PHONY: coverage
-coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by make test; an error below 90 %
-	@$(PY) -m pytest -m "not alone" -n 2 --dist loadfile --cov
+coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by both, about 10 min; an error below 90 %
+	@$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report= --cov-fail-under=0
+	@$(PY) -m pytest -m cluster --cov --cov-append
 
 .PHONY: torture
 torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left

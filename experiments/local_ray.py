@@ -30,6 +30,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_prestart_worker_first_driver": "0",  # a worker per core, none of which has a session's environment
+    "RAY_enable_worker_prestart": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute otherwise, until a run notices that Ray's server is gone
 }
 PORT = 6379  # Ray's default

@@ -12,6 +12,11 @@ from experiments.spec import load_figure, load_testbed
 from experiments.terminal import arguments, parse
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines and clusters first: they wait more than they compute, and others fill the gaps."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

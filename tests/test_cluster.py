@@ -39,11 +39,12 @@ from experiments.workload import Trace
 pytest.importorskip("vllm")
 ray = pytest.importorskip("ray")
 NODE_KILLS = int(os.environ.get("NODE_KILLS", "1"))
-pytestmark = [pytest.mark.timeout(600 + 120 * NODE_KILLS), pytest.mark.engine]
+pytestmark = [pytest.mark.timeout(600 + 120 * NODE_KILLS), pytest.mark.cluster]
 NODES, LOAD_S = 4, 15.0
 GPUS = {"gpu-0": 1.0, "gpu-1": 1.0, "nvlink-0-1": 1.0}
 SMALL = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+QUICK = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
+QUICK |= {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 FIGURE: dict[str, Any] = {
     "figure": "fig9a",
     "title": "for tests",
@@ -161,9 +162,8 @@ def gpu_seconds(facts: Sequence[dict[str, Any]], until: datetime) -> float:
     return total
 
 
-@pytest.mark.alone
 def test_four_nodes_run_every_trial_once_as_planned(on: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure, testbed = on.specs("whole", [2048, 4096], [512, "unchunked"], LOAD_S, 2)
+    figure, testbed = on.specs("whole", [2048], [512, "unchunked"], LOAD_S, 2)
     engines(monkeypatch, 1.0, LOAD_S)
     assert main([figure, "--testbed", testbed, "--out", str(tmp_path)]) == 0
     facts = stored(tmp_path)

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
-import bagit
+import numpy as np
 import psutil
 import pytest
 
 pytest.importorskip("vllm")
 
 from bench import cpu_settings, prefill, serve
-from torture import tree
 
-from analysis.gates import LATENESS_SLACK_S
 from experiments.engine import Phase, Recorder, Request
 from experiments.engine_process import engines
 from experiments.metrics import saturation_throughput
-from experiments.provenance import ROOT
-from experiments.store import read_trial
 from experiments.vllm_engine import EngineError, VllmEngine, engine_arguments, environment
 
 pytestmark = pytest.mark.engine
@@ -33,10 +23,8 @@ SMALL = dataclasses.replace(cpu_settings(), max_budget=256, max_model_len=600, k
 
 
 def test_switching_the_chunk_size_changes_no_steps_composition() -> None:
-    budgets = (64, 96)
-    fresh = [dataclasses.replace(SMALL, max_budget=budget) for budget in budgets]
-    with engines([SMALL, *fresh]) as (switched, *built):
-        for budget, own in zip([*budgets, SMALL.max_budget], [*built, switched], strict=True):
+    with engines([SMALL, dataclasses.replace(SMALL, max_budget=64)]) as (switched, built):
+        for budget, own in ((64, built), (SMALL.max_budget, switched)):
             for tokens in (1, 63, 64, 65, 255, 511, 599):
                 batches = switched(prefill, budget, tokens)[1]
                 assert batches == own(prefill, budget, tokens)[1]
@@ -122,60 +110,7 @@ def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
     assert (steps["prefill_tokens"] + steps["decode_tokens"] <= 64).all()
     assert (steps["decode_tokens"] + steps["prefill_requests"] <= tiny.max_batch).all()
     assert record.tokens["time_s"].is_monotonic_increasing
-    lateness = requests["injected_s"] - requests["arrival_s"]
-    assert lateness.quantile(0.99) <= steps["seconds"].max() + LATENESS_SLACK_S
+    # At the first boundary between steps after its arrival, or one later if it came as the loop was about to step.
+    started = [np.searchsorted(steps["start_s"], requests[column]) for column in ("arrival_s", "injected_s")]
+    assert (started[1] - started[0] <= 1).all()
     assert memory[1] <= memory[0] * 1.05
-
-
-# No network but the loopback, where the system allows such a namespace: what is run needs none.
-OFFLINE = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-if not shutil.which("ip") or subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode:
-    OFFLINE = []
-
-
-def gone(home: Path) -> bool:
-    """Whether every process of a run with this TMPDIR ends in a minute: Ray's agents take half a one to notice its end."""
-    until = time.monotonic() + 60
-    while tree(home) and time.monotonic() < until:
-        time.sleep(0.5)
-    return not tree(home)
-
-
-def test_end_to_end_killed_resumed_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = Path(tempfile.mkdtemp(prefix="t-"))  # short: Ray's sockets lie in it
-    monkeypatch.setenv("TMPDIR", str(home))
-    command = [*OFFLINE, sys.executable, "-m", "experiments.run", "smoke", "--testbed", "cpu", "--out", str(tmp_path)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert first.stdout is not None
-    ran = []
-    for line in first.stdout:
-        if line.startswith("[1/"):
-            ran.append(line.split("] ")[1].split(",")[0])
-            first.kill()
-    first.wait()
-    first.stdout.close()
-    assert ran, "the first run ended before its first trial"
-    assert gone(home)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran += [line.split("] ")[1].split(",")[0] for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(ran) == len(set(ran)) <= 3
-    bag = next(tmp_path.glob("smoke-cpu/bag-*"))
-    bagit.Bag(str(bag)).validate()
-    trials = sorted(bag.glob("data/trials/*/*"))
-    assert [path.name for path in trials] == ["pass-0", "pass-0-repeat", "pass-1"]
-    for path in trials:
-        facts, record = read_trial(path)
-        assert facts["engine"]["prefix_caching"] is False
-        assert facts["engine"]["threads"] == 1
-        assert facts["engine"]["executor_backend"] == "uni"
-        assert (record.requests["cached_tokens"] == 0).all()
-        assert (record.requests["generated_tokens"] == 1).all()
-        assert (record.steps["prefill_tokens"] + record.steps["decode_tokens"] <= record.steps["budget"]).all()
-        assert record.steps["prefill_tokens"].sum() == record.requests["prompt_tokens"].sum()
-        assert len(record.tokens) == len(record.requests)
-        assert record.steps["start_s"].is_monotonic_increasing
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert "nothing to do" in again.stdout
-    assert gone(home)
-    shutil.rmtree(home)
