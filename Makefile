@@ -159,7 +159,7 @@ package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference
 
 .PHONY: verify-study
 verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
-	@$(PY) tests/bench/study.py
+	@$(PY) tests/bench/study.py $(SAY)
 
 .PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
@@ -197,7 +197,7 @@ capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the
 
 .PHONY: check-advice
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
-	@$(PY) tests/bench/check_advice.py --testbed $(TESTBED) --runs $(OUT) $(if $(MODEL),--model $(MODEL))
+	@$(PY) tests/bench/check_advice.py --testbed $(TESTBED) --runs $(OUT) $(if $(MODEL),--model $(MODEL)) $(SAY)
 
 .PHONY: bench
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes

@@ -79,15 +79,15 @@ class StepEnd:
 
         if not torch.cuda.is_available():
             return False
-        torch.cuda.synchronize()
-        return True
+        torch.cuda.synchronize()  # only on a GPU
+        return True  # only on a GPU
 
 
 def cuda_devices() -> list[str]:
     """Names of the GPUs that torch sees."""
     import torch
 
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]  # only on a GPU
 
 
 def _register(architecture: str) -> None:
@@ -203,7 +203,7 @@ class VllmEngine:
             started = clock()
             outputs = self._engine.step()
             if self._waits:
-                self._engine.collective_rpc("wait_for_device")
+                self._engine.collective_rpc("wait_for_device")  # only on a GPU
             ended = clock()
             self._note_step(recorder, numbers, phase.budget, started - origin, ended - started)
             for index in self._note_outputs(recorder, outputs, ended - origin):
