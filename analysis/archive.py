@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise SpecError(error) from None
     if not (options.report / "verdict.json").is_file():
-        console.out("no verdict and no report in it: make verify report makes them")
+        console.out("no verdict and no report in it: make -k verify report makes them")
     size, digest = options.target.stat().st_size, sha256(options.target)
     console.out(f"{options.target}: {len(names)} files, {size:,} bytes, sha256 {digest}")
     result(archive=options.target, files=len(names), bytes=size, sha256=digest)
