@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -122,9 +123,9 @@ class Run:
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.open) as folder:
             whole = Path(folder) / trial
             whole.mkdir()
-            for name, data in contents.items():
+            digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+            for name, data in {**contents, MANIFEST: _manifest(digests)}.items():
                 _write(whole / name, data)
-            _write(whole / MANIFEST, _manifest(whole))
             _sync(whole)
             whole.rename(target)
         _sync(target.parent)
@@ -179,14 +180,15 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _manifest(trial: Path) -> bytes:
-    return "".join(f"{sha256(trial / name)}  {name}\n" for name in FILES).encode()
+def _manifest(digests: Mapping[str, str]) -> bytes:
+    return "".join(f"{digests[name]}  {name}\n" for name in FILES).encode()
 
 
 def trial_is_whole(path: Path) -> bool:
     """Whether a trial directory holds exactly the files of its manifest, unchanged to the byte."""
     try:
-        return (path / MANIFEST).read_bytes() == _manifest(path) and len(list(path.iterdir())) == len(FILES) + 1
+        found = _manifest({name: sha256(path / name) for name in FILES})
+        return (path / MANIFEST).read_bytes() == found and len(list(path.iterdir())) == len(FILES) + 1
     except OSError:
         return False
 
