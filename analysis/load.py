@@ -169,9 +169,14 @@ def chunk_label(chunk_size: float | None) -> str:
     return "unchunked" if chunk_size is None or pd.isna(chunk_size) else str(int(chunk_size))
 
 
+def chunk_order(chunk_size: str) -> float:
+    """By which chunk sizes as text are sorted: their number, unchunked last."""
+    return float(chunk_size.replace("unchunked", "inf"))
+
+
 def by_chunk_size(table: pd.DataFrame, *before: str) -> pd.DataFrame:
-    """Rows in the order of these columns, then of chunk_size (text): by number, unchunked last."""
-    numbers = pd.to_numeric(table["chunk_size"], errors="coerce")
+    """Rows in the order of these columns, then of chunk_size (text)."""
+    numbers = table["chunk_size"].map(chunk_order)
     return table.assign(order=numbers).sort_values([*before, "order"], ignore_index=True).drop(columns="order")
 
 

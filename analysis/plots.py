@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from analysis.load import Run, prefill_replicates, prefill_times, published_prefill
+from analysis.load import Run, chunk_order, prefill_replicates, prefill_times, published_prefill
 from analysis.stats import sample
 
 # Okabe and Ito's colour-blind safe palette, from dark to light as the chunk size grows: CIE L* 0, 46, 71, 90, so that grey
@@ -144,7 +144,7 @@ def log_ticks(axis: Axis, multiples: Sequence[float] = (1, 2, 5)) -> None:
 
 def _sizes(chunk_sizes: Iterable[str]) -> list[str]:
     """Those that get a bar, smallest first."""
-    return sorted(set(chunk_sizes) - {"unchunked"}, key=int)
+    return sorted(set(chunk_sizes) - {"unchunked"}, key=chunk_order)
 
 
 def conditions(run: Run, count: int) -> str:

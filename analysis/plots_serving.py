@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
 from analysis import plots
-from analysis.load import Run, TrialRecord, chunk_label, serving_trials
+from analysis.load import Run, TrialRecord, by_chunk_size, chunk_label, chunk_order, serving_trials
 from experiments.metrics import of_phase, point_phase, tbt
 
 Floats = npt.NDArray[np.float64]
@@ -42,13 +42,7 @@ def serving_intervals(run: Run) -> pd.DataFrame:
             rows.append((*key, group["rate"].min(), group["rate"].max(), count, *ttft, *gap))
     values = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
     table = pd.DataFrame(rows, columns=[*KEYS, "rate", "rate_high", "replicates", *values])
-    by = ["model", "qps", "chunk_size"]
-    return table.sort_values(by, key=lambda c: c.map(_order) if c.name == "chunk_size" else c, ignore_index=True)
-
-
-def _order(chunk_size: str) -> float:
-    """By which chunk sizes are sorted, unchunked last."""
-    return float(chunk_size.replace("unchunked", "inf"))
+    return by_chunk_size(table, "model", "qps")
 
 
 def load_words(qps: float, rates: Collection[float]) -> str:
@@ -171,7 +165,7 @@ def tbt_figure(run: Run, model: str, qps: float) -> Figure:
             rates.append(role["rate"])
     figure = Figure(figsize=(plots.PANEL_INCHES[0] + 0.3, 2.9), layout="constrained")
     axes = figure.subplots()
-    for size in sorted(gaps, key=_order):
+    for size in sorted(gaps, key=chunk_order):
         seconds, share = exceedance(np.concatenate(gaps[size]))
         if len(seconds):
             axes.plot(1e3 * seconds, share, color="black", linewidth=2.2, solid_capstyle="butt")  # yellow on white needs it

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.load import chunk_order
 from analysis.plots import DASHED, PANEL_INCHES, colour, log_ticks, styled
 
 PANELS = {"prefill": "prefill time, 9a (ms)", "P50 TTFT": "P50 TTFT, 9b (ms)", "P99 TBT": "P99 TBT, 9b (ms)"}
@@ -20,7 +21,7 @@ POINT: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "black", "marke
 @styled
 def validation_figure(table: pd.DataFrame, machine: str) -> Figure:
     """A panel per metric of `table` (analysis.validate.compare): a point on the line was predicted exactly."""
-    sizes = sorted(table["chunk_size"].unique(), key=lambda size: (len(size), size))
+    sizes = sorted(table["chunk_size"].unique(), key=chunk_order)
     marks = dict(zip(sorted(table["model"].unique()), "osD^", strict=False))
     figure = Figure(figsize=(2.4 * len(PANELS), PANEL_INCHES[1] + 1.1), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
