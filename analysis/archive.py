@@ -177,10 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("analysis.archive", __doc__, "runs", "report")
     parser.add_argument("--target", type=Path, default=ROOT / "artifacts" / "package.zip", help="the archive to write")
     options = parse(parser, argv)
-    try:
-        names = package(options.runs, options.report, options.target)
-    except OSError as error:
-        raise SpecError(error) from None
+    names = package(options.runs, options.report, options.target)
     if not (options.report / "verdict.json").is_file():
         console.out("no verdict and no report in it: make -k verify report makes them")
     size, digest = options.target.stat().st_size, sha256(options.target)

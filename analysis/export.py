@@ -106,12 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts, record = read_trial(options.trial)
     name = "-".join(str(facts[key]) for key in ("figure", "testbed", "session", "trial"))
     target = options.out or ROOT / "artifacts" / "report" / f"{name}.json"
-    exported = bench_result(facts, record)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(to_json(exported))
-    except OSError as error:
-        raise SpecError(error) from None
+    exported = to_json(bench_result(facts, record))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(exported)
     console.out(f"exported to {target}")
     result(exported=target, trial=options.trial)
     return 0

@@ -55,13 +55,14 @@ def result(**facts: object) -> None:
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's main in which a SpecError is one line on standard error and exit status 2."""
+    """A command's main in which a SpecError, or a file that cannot be read or written, is one line on standard error and
+    exit status 2."""
 
     @functools.wraps(main)
     def checked(*values: P.args, **keywords: P.kwargs) -> int:
         try:
             return main(*values, **keywords)
-        except SpecError as error:
+        except (SpecError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
 
