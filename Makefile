@@ -38,8 +38,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes --only-binary :all:
-# As pip does it, but on two cores and without what is hardly ever imported: 25 s less.
 DONE = echo "setup: done in $$SECONDS s" >&2
+# As pip does it, but on two cores and without what is hardly ever imported: 25 s less.
 COMPILE := $(PY) -m compileall -q -j 2 -x '/tests?/|transformers/models/' $(VENV)/lib >/dev/null 2>&1 || true
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 HAS_DOCKER := $(shell command -v $(DOCKER) 2>/dev/null)
@@ -168,7 +168,7 @@ report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, ta
 .PHONY: node
 node: NETWORK := host
 node: setup ## make this machine a node of a Ray cluster: the first one, or one of that at RAY_ADDRESS; docs/cluster.md
-	@$(PY) -m experiments.local_ray
+	@$(PY) -m experiments.local_ray $(SAY)
 
 .PHONY: pictures
 pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into docs/, by headless Chromium
@@ -201,8 +201,8 @@ check-advice: setup ## what make recommend says against an exhaustive search on 
 
 .PHONY: bench
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
-	@$(PY) tests/bench/bench_sim.py $(TRACE)
-	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py)
+	@$(PY) tests/bench/bench_sim.py $(TRACE) $(SAY)
+	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py $(SAY))
 
 # -- developing ----------------------------------------------------------------------------------------------------
 # Engines first, then the rest beside them: a file is never split, what a module sets up is shared.

@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from experiments.engine_process import engines
 from experiments.expand import expand
 from experiments.metrics import prefill_seconds
 from experiments.spec import EngineSettings, SpecError, load_figure, load_testbed
+from experiments.terminal import arguments, command, console, parse, result
 from experiments.vllm_engine import EngineError
 from experiments.workload import prompt_ids
 
@@ -88,25 +90,28 @@ def cpu_settings() -> EngineSettings:
     return next(session.engine for session in sessions if session.model == "mistral-7b")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the ratios; 1 if a target is missed."""
+    parse(arguments("tests.bench.bench", __doc__), argv)
     try:
         ratio = loop_ratio()
-        print(f"engine time, our loop / bare loop: {ratio:.4f} (median of {ROUNDS}, target at most {LOOP_TARGET})")
-        met = ratio <= LOOP_TARGET
-        for budget, median, equal in switching():
-            print(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {'equal' if equal else 'DIFFER'}")
-            met &= equal
+        console.print(f"engine time, our loop / bare loop: {ratio:.4f} (median of {ROUNDS}, target at most {LOOP_TARGET})")
+        switched = switching()
+        for budget, median, equal in switched:
+            batches = "equal" if equal else "DIFFER"
+            console.print(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {batches}")
         ms, mb = bench_driver.measure()
-        print(bench_driver.line(ms, mb))
-        met &= ms <= bench_driver.TARGET_MS and mb <= bench_driver.TARGET_MB
+        console.print(bench_driver.line(ms, mb))
         serving = bench_serve.serving_settings(cpu_settings())
         with engines([serving]) as (run,):
-            print(*bench_serve.table(bench_serve.measure(serving, partial(run, serve))), sep="\n")
-        return 0 if met else 1
-    except (SpecError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            console.print(*bench_serve.table(bench_serve.measure(serving, partial(run, serve))), sep="\n")
+    except EngineError as error:
+        raise SpecError(str(error)) from None
+    met = ratio <= LOOP_TARGET and all(equal for _, _, equal in switched)
+    met = met and ms <= bench_driver.TARGET_MS and mb <= bench_driver.TARGET_MB
+    result(met=met, loop_ratio=ratio, switched={budget: median for budget, median, _ in switched}, driver_ms=ms, driver_mb=mb)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
