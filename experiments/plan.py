@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import doctor
 from experiments.cost_model import CALIBRATIONS
-from experiments.estimate import Seconds, session_seconds
+from experiments.estimate import session_seconds
 from experiments.expand import SATURATION, Session, expand, saturation_sessions
 from experiments.gpus import check_gpu_memory, resources
 from experiments.metrics import of_phase, point_phase, saturation_throughput
@@ -74,13 +74,12 @@ class Plan:
                     found[session.model] = json.loads((path / "trial.json").read_text())["machine"]["type"]
         return found
 
-    def schedule(self, nodes: Sequence[Node], seconds: Seconds) -> tuple[list[Slot], dict[str, str]]:
-        """What is owed, placed on these nodes, and the type of machine for each model.
+    def schedule(self, nodes: Sequence[Node], totals: Mapping[str, float]) -> tuple[list[Slot], dict[str, str]]:
+        """What is owed (session -> seconds), placed on these nodes, and the type of machine for each model.
 
         Saturation comes first, as the rates of all else rest on it. Raises SpecError for a session that no node could hold.
         """
-        totals = {name: sum(trials.values()) for name, trials in seconds.items()}
-        first, rest = ([s for s in stage if s.name in seconds] for stage in (self.saturation, self.sessions))
+        first, rest = ([s for s in stage if s.name in totals] for stage in (self.saturation, self.sessions))
         machines = choose_machines([*first, *rest], totals, nodes, self._fixed_machines())
         slots = foretell(first, totals, nodes, machines)
         return [*slots, *foretell(rest, totals, nodes, machines, makespan(slots))], machines
@@ -110,7 +109,7 @@ class Plan:
         trials, slots, problem = sum(len(session.trials) for session in self.all_sessions), list[Slot](), None
         if nodes and self.testbed.platform != "simulated":
             try:
-                slots, _ = self.schedule(nodes, seconds)
+                slots, _ = self.schedule(nodes, totals)
             except SpecError as error:
                 problem = str(error)
         unplaced: dict[str, Any] = {"node": None, "start_s": None, "end_s": None}

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import doctor
-from experiments.estimate import Seconds
 from experiments.placement import Node, makespan
 from experiments.plan import Plan, local_node
 from experiments.provenance import sbom
@@ -60,7 +59,7 @@ def execute(plan: Plan) -> int:
         outlook = plan.outlook(owed)
         console.print(plan.text(outlook))
         if owed:
-            failed = _run_owed(plan, owed, {each["session"]: each["seconds"] for each in outlook["sessions"]})
+            failed = _run_owed(plan, owed, {each["session"]: sum(each["seconds"].values()) for each in outlook["sessions"]})
         for name, reason in failed.items():
             console.print(f"missing: {name}: {reason}")
         if failed:
@@ -76,9 +75,12 @@ def execute(plan: Plan) -> int:
     return 1 if failed else 0
 
 
-def _run_owed(plan: Plan, owed: dict[str, list[str]], seconds: Seconds) -> dict[str, str]:
-    """Run it, saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray."""
-    totals, trials = {name: sum(own.values()) for name, own in seconds.items()}, sum(map(len, owed.values()))
+def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) -> dict[str, str]:
+    """Run it, saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray.
+
+    totals: session -> seconds that it is to take.
+    """
+    trials = sum(map(len, owed.values()))
     if plan.testbed.platform == "simulated":
         with Ticker(plan, trials, sum(totals.values())) as ticker:
             for session in (session for session in plan.sessions if session.name in owed):
@@ -90,7 +92,7 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], seconds: Seconds) -> dict[
 
     with ray_cluster() as ray:
         fleet = Fleet(ray, console.print)
-        slots, machines = plan.schedule(fleet.nodes, seconds)
+        slots, machines = plan.schedule(fleet.nodes, totals)
         if len(fleet.nodes) > 1:
             console.print(f"cluster   {len(fleet.nodes)} nodes; {makespan(slots) / 60:.1f} min on them")
         nodes, now = {node.name: node.machine for node in fleet.nodes}, datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -157,10 +157,10 @@ class VllmEngine:
 
     def _check(self) -> None:
         """Raises EngineError if vLLM did not take the settings that the measurement rests on."""
-        backend = "mp" if self._settings.tensor_parallel > 1 else "uni"
+        facts, backend = self.facts, "mp" if self._settings.tensor_parallel > 1 else "uni"
         for name, wanted in {"executor_backend": backend, "prefix_caching": False, "async_scheduling": False}.items():
-            if (came := self.facts[name]) != wanted:
-                raise EngineError(f"vllm: {name}: got {came!r} although {wanted!r} was asked for")
+            if facts[name] != wanted:
+                raise EngineError(f"vllm: {name}: got {facts[name]!r} although {wanted!r} was asked for")
         waited = self._engine.collective_rpc("wait_for_device")
         if waited != [self._waits] * self._settings.tensor_parallel:
             raise EngineError(f"vllm: workers that waited for a GPU: got {waited}; allowed: {self._waits} from each")

@@ -13,7 +13,7 @@ from experiments.terminal import arguments, parse
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines and clusters first: they wait more than they compute, and others fill the gaps."""
+    """Engines first: they wait more than they compute, and others fill the gaps."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 

@@ -34,9 +34,6 @@ class RayError(Exception):
 class FaultyEngine(FakeEngine):
     """The fake engine, with a fault in the middle of a step."""
 
-    def check(self) -> None:
-        """As VllmEngine has it."""
-
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         once = Path(os.environ["ONCE"])
         if len(self.ran) == 2 and not once.exists():

@@ -25,7 +25,6 @@ from analysis.verify import main, verify
 from experiments.provenance import ROOT, sha256
 from experiments.spec import SpecError
 from experiments.store import to_json
-from experiments.terminal import console
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +102,8 @@ def test_a_package_that_was_changed_fails_and_says_what(
 )
 def test_json_is_one_line_and_quiet_is_none(
     command: Callable[[list[str]], int], more: list[str], key: str, packed: Path, simulated_runs: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(console, "quiet", False)  # and again after the test
     target = [str(tmp_path / "x.zip")] if more == ["--target"] else []
     options = ["--runs", str(simulated_runs), "--report", str(packed.parent / "report"), *more, *target]
     status = command([*options, "--json"])

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import bagit
@@ -14,25 +13,18 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from torture import tree
+from torture import left_after
 
 from experiments.provenance import ROOT
 from experiments.store import read_trial
 
 pytestmark = pytest.mark.engine
+AGENTS_S = 60.0  # Ray's agents take half a minute to notice that their node is gone
 
 # No network but the loopback, where the system allows such a namespace: what is run needs none.
 OFFLINE = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 if not shutil.which("ip") or subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode:
     OFFLINE = []
-
-
-def gone(home: Path) -> bool:
-    """Whether every process of a run with this TMPDIR ends in a minute: Ray's agents take half a one to notice its end."""
-    until = time.monotonic() + 60
-    while tree(home) and time.monotonic() < until:
-        time.sleep(0.5)
-    return not tree(home)
 
 
 def test_end_to_end_killed_resumed_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +41,7 @@ def test_end_to_end_killed_resumed_sealed(tmp_path: Path, monkeypatch: pytest.Mo
     first.wait()
     first.stdout.close()
     assert ran, "the first run ended before its first trial"
-    assert gone(home)
+    assert left_after(home, AGENTS_S) == []
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ran += [line.split("] ")[1].split(",")[0] for line in done.stdout.splitlines() if line.startswith("[")]
@@ -71,5 +63,5 @@ def test_end_to_end_killed_resumed_sealed(tmp_path: Path, monkeypatch: pytest.Mo
         assert record.steps["start_s"].is_monotonic_increasing
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "nothing to do" in again.stdout
-    assert gone(home)
+    assert left_after(home, AGENTS_S) == []
     shutil.rmtree(home)

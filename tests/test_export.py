@@ -22,7 +22,6 @@ from experiments.expand import Session
 from experiments.metrics import of_phase, point_phase, serving_metrics
 from experiments.session import run_session
 from experiments.store import Run as Store
-from experiments.terminal import console
 
 FACTS: dict[str, Any] = {
     "kind": "serving",
@@ -144,13 +143,12 @@ def stored(trial: TrialRecord, tmp_path: Path) -> Path:
 
 
 def test_the_command_writes_a_file(
-    stored: Path, trial: TrialRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stored: Path, trial: TrialRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "result.json"
     assert export.main([str(stored), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"exported to {out}\n"
     written = json.loads(out.read_text())
-    monkeypatch.setattr(console, "quiet", False)  # and again after the test
     assert export.main([str(stored), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"exported": str(out), "trial": str(stored)}
     assert export.main([str(stored), "--out", str(out), "--quiet"]) == 0

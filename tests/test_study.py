@@ -12,7 +12,6 @@ import study
 
 from analysis import claims
 from analysis.stats import MOST_REPLICATES, Sample, sample
-from experiments.terminal import console
 
 
 @pytest.fixture
@@ -69,9 +68,7 @@ def test_an_order_that_is_the_same_in_every_session_is_found_out() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_renews_its_part_of_the_page_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_renews_its_part_of_the_page_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "verdicts.md"
     page.write_text(f"before\n{study.BEGIN}old\n{study.END}after\n")
     assert study.main(["--experiments", "1000", "--docs", str(page)]) == 0
@@ -81,7 +78,6 @@ def test_the_command_renews_its_part_of_the_page_and_nothing_else(
     assert "old" not in text
     assert "1,000 synthetic experiments" in text
     assert "every cell keeps its limit" in capsys.readouterr().out
-    monkeypatch.setattr(console, "quiet", False)  # and again after the test
     assert study.main(["--experiments", "1000", "--docs", str(page), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"broken": [], "docs": str(page), "experiments": 1000, "seed": 1}
     assert study.main(["--experiments", "1000", "--docs", str(page), "--quiet"]) == 0

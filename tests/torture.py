@@ -46,6 +46,14 @@ def tree(home: Path) -> list[psutil.Process]:
     return found
 
 
+def left_after(home: Path, seconds: float) -> list[psutil.Process]:
+    """What is left of the run once all have gone, or the seconds are over."""
+    until = time.monotonic() + seconds
+    while (left := tree(home)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return left
+
+
 def finished(out: Path) -> dict[str, str]:
     """File -> digest of every trial that counts as finished. Raises TortureError for one that is not whole."""
     found = {}
@@ -59,10 +67,7 @@ def finished(out: Path) -> dict[str, str]:
 
 def check(home: Path, out: Path, before: dict[str, str]) -> dict[str, str]:
     """What must hold once the driver is gone; returns the finished trials."""
-    until = time.monotonic() + SWEEP_S
-    while (left := tree(home)) and time.monotonic() < until:
-        time.sleep(0.2)
-    if left:
+    if left := left_after(home, SWEEP_S):
         raise TortureError(f"{SWEEP_S:.0f} s after the driver there are still: {[p.name() for p in left if p.is_running()]}")
     after = finished(out)
     if not before.items() <= after.items():

@@ -142,7 +142,7 @@ def test_labels_user_and_init(engine: Rig, checkout: Path, cpu_image: str) -> No
 
 NO_CACHE = r"""
 nothing() { ! grep .; }
-{ find /root/.cache /tmp /var/cache/apt /var/lib/apt/lists -type f 2>/dev/null || true; } | nothing
+{ find ~/.cache /tmp /var/cache/apt /var/lib/apt/lists -type f 2>/dev/null || true; } | nothing
 """
 STRUCTURE = r"""
 set -eu
