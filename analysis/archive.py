@@ -28,7 +28,7 @@ from experiments.spec import SpecError
 from experiments.store import MANIFEST
 from experiments.terminal import arguments, command, console, parse, result
 
-MOST_BYTES = 2 * 2**30  # of all files together; a finished fig9a and fig9b are 10 MB, simulated ones 30 MB
+MOST_BYTES = 2 * 2**30  # of all files together; a finished fig9a and fig9b are 4 MB, simulated ones 75 MB
 MOST_FILE = 256 * 2**20
 MOST_FILES = 50_000
 HEADER = 2**20  # what an archive may spend between two files

@@ -12,7 +12,7 @@ from typing import Any
 from experiments import doctor
 from experiments.cost_model import CALIBRATIONS
 from experiments.estimate import session_seconds
-from experiments.expand import SATURATION, Session, expand, saturation_sessions
+from experiments.expand import SATURATION, LoadPoint, Session, expand, saturation_sessions
 from experiments.gpus import check_gpu_memory, resources
 from experiments.metrics import of_phase, point_phase, saturation_throughput
 from experiments.placement import GIB, Node, Slot, choose_machines, foretell, makespan
@@ -21,7 +21,8 @@ from experiments.spec import FIGURES, TESTBEDS, ServingFigure, SpecError, load_f
 from experiments.store import Run, read_trial
 from experiments.workload import choose_trace
 
-MB_PER_TRIAL = 0.05
+MB_PER_TRIAL = 0.02  # of files that say what it was; a pass of 9a is little more
+MB_PER_REQUEST = 0.0012  # of a serving trial at the paper's lengths, most of it the times of its tokens
 SLOTS_SHOWN = 24  # of a plan; the rest is a number
 
 
@@ -106,6 +107,8 @@ class Plan:
         """
         seconds, basis = session_seconds(self.figure, self.testbed, self.replicates, self.measured, owed, self.trace)
         totals = {name: sum(own.values()) for name, own in seconds.items()}
+        points = [point for session in self.all_sessions for trial in session.trials for point in trial.points]
+        served = sum(point.requests for point in points if isinstance(point, LoadPoint))
         trials, slots, problem = sum(len(session.trials) for session in self.all_sessions), list[Slot](), None
         if nodes and self.testbed.platform != "simulated":
             try:
@@ -124,7 +127,7 @@ class Plan:
             "trials_to_run": sum(map(len, owed.values())),
             "makespan_s": makespan(slots) or sum(totals.values()),
             "gpu_hours": sum(gpus[name] * total for name, total in totals.items()) / 3600,
-            "disk_mb": trials * MB_PER_TRIAL,
+            "disk_mb": trials * MB_PER_TRIAL + served * MB_PER_REQUEST / self.testbed.scale,
             "basis": basis,
             "no_schedule": problem,
         }
