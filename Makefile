@@ -32,6 +32,7 @@ RAY_ADDRESS ?=##  a Ray cluster to join, HOST:6379; default: one of its own, on 
 NODE_IP ?=##     in make node, this machine's address in the cluster; default: what Ray finds
 RUN_FLAGS ?=##    more flags for docker run, such as a mount with weights
 BUILD_FLAGS ?=##  more flags for docker build
+IMAGE_DISK ?= $(if $(filter cuda,$(TARGET)),40,10)##  GiB that must be free before make image builds for the first time
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -84,7 +85,7 @@ preflight: $(BUILT)
 ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS NODE_IP OUT TRACE BAG
+export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS IMAGE_DISK NODE_IP OUT TRACE BAG
 ifneq ($(RAY_ADDRESS),)
 export RAY_ADDRESS
 endif

@@ -65,7 +65,10 @@ build)
     version=$("$DOCKER" version --format '{{.Client.Version}}' 2>/dev/null || true)
     [[ $DOCKER == *podman* || ${version%%.*} -lt 23 ]] || "$DOCKER" buildx version >/dev/null 2>&1 ||
         fail "$DOCKER has no buildx: sudo apt-get install docker-buildx (in Docker's own packages docker-buildx-plugin)"
-    [[ ! -d $root ]] || disk "$([[ $TARGET == cuda ]] && echo 40 || echo 10)" "$root" "the image" "$DOCKER system prune"
+    # A rebuild takes the layers that are there; changed locks need the whole again.
+    if [[ -d $root ]] && ! "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1; then
+        disk "${IMAGE_DISK:-40}" "$root" "the image" "$DOCKER system prune, or IMAGE_DISK= if you know better"
+    fi
     ;;
 run)
     [[ $TARGET != cuda ]] || gpu_driver

@@ -132,7 +132,18 @@ def test_a_full_disk(tmp_path: Path) -> None:
         1,
         f"preflight: 1 GiB free in {tmp_path}; 2 are needed for the run: free some, or OUT= a folder on another disk\n",
     )
-    assert "1 GiB free in /; 40 are needed for the image: docker system prune" in preflight(env, "build")[1]
+
+
+def test_the_first_build_needs_room(tmp_path: Path) -> None:
+    env = host(tmp_path, DOCKER | {"image": "exit 1"}, SMI, df="35G")
+    status, printed = preflight(env, "build")
+    assert (status, printed.count("\n")) == (1, 1)
+    assert "35 GiB free in /; 40 are needed for the image: docker system prune, or IMAGE_DISK=" in printed
+    assert preflight(env | {"IMAGE_DISK": "30"}, "build") == (0, "")
+
+
+def test_a_rebuild_needs_no_room_for_a_second_image(tmp_path: Path) -> None:
+    assert preflight(host(tmp_path, DOCKER, SMI, df="5G"), "build") == (0, "")
 
 
 def test_a_client_without_buildkit(tmp_path: Path) -> None:
