@@ -66,7 +66,7 @@ export DOCKER_BUILDKIT = 1
 export PYTHONPATH := .
 
 .PHONY: image
-image: ## build the image of TARGET: cuda (about 30 min and 30 GB the first time) or cpu
+image: ## build the image of TARGET: cuda (30 GB by estimate) or cpu
 	@docker/preflight.sh build
 	@$(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg SOURCE=$(SOURCE) \
 		--build-arg REVISION=$$(git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown) \

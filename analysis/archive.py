@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(parser, argv)
     names = package(options.runs, options.report, options.target)
     if not (options.report / "verdict.json").is_file():
-        console.out("no verdict and no report in it: make -k verify report makes them")
+        console.print("no verdict and no report in it: make -k verify report makes them")
     size, digest = options.target.stat().st_size, sha256(options.target)
-    console.out(f"{options.target}: {len(names)} files, {size:,} bytes, sha256 {digest}")
+    console.print(f"{options.target}: {len(names)} files, {size:,} bytes, sha256 {digest}")
     result(archive=options.target, files=len(names), bytes=size, sha256=digest)
     return 0
 

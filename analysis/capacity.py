@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from experiments.engine import Record
-from experiments.metrics import first_and_gaps
+from experiments.metrics import serving_metrics
 
 GRID = 10  # rates looked at per factor of two; between two of them capacity is interpolated
 LOWEST = -10 * GRID  # a request every 17 minutes: one at a time
@@ -56,11 +56,9 @@ def latency(record: Record) -> Latency:
     """P99 TBT, P50 TTFT and median scheduling delay of a record, as in experiments.metrics; infinite if it is truncated."""
     if record.truncated or not len(record.tokens):
         return Latency(math.inf, math.inf, math.inf)
-    requests, (first, gaps) = record.requests.sort_values("request"), first_and_gaps(record)
-    arrival = requests["arrival_s"].to_numpy()
-    starts = record.steps["start_s"].to_numpy()[requests["first_step"].to_numpy() - record.steps.index[0]]
-    p99 = float(np.percentile(gaps, 99)) if len(gaps) else 0.0
-    return Latency(p99, float(np.median(first - arrival)), float(np.median(starts - arrival)))
+    seen = serving_metrics(record)
+    gap = seen["tbt_p99"]  # NaN where no request gave a second token
+    return Latency(0.0 if math.isnan(gap) else gap, seen["ttft_p50"], seen["scheduling_delay_p50"])
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exported = to_json(bench_result(facts, record))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(exported)
-    console.out(f"exported to {target}")
+    console.print(f"exported to {target}")
     result(exported=target, trial=options.trial)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from analysis.recommend import WORDS, case_of, curves, facts, marks, show
 from experiments.cost_model import CostModel
 from experiments.spec import STRICT, SpecError, load_testbed, read_spec
 from experiments.store import to_json
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 from experiments.workload import choose_trace, describe_trace
 
 
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """All models of the paper's table that the testbed has. Exit status 0, or 2 for bad input."""
     parser = arguments("analysis.paper_capacity", __doc__, "testbed", "trace", "report")
     parser.set_defaults(testbed="a100-sim")
-    options, began = parse(parser, argv), time.perf_counter()
+    options = parse(parser, argv)
     testbed, paper = load_testbed(options.testbed), read_spec(REFERENCE / "capacity.yaml", PaperTargets)
     if testbed.scale > 1 or testbed.platform != "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}; allowed: a simulated one at the paper's scale, such as a100-sim")
@@ -88,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{testbed.testbed}"
     title = f"SIMULATED: capacity on {testbed.title}, median scheduling delay at most {paper.delay_p50:g} s; trace {trace.name}"
     drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), path)
-    table.to_csv(f"{path}.csv", index=False)
-    Path(f"{path}.json").write_text(to_json({"format": 1, "source": paper.source, "answers": answers}))
-    console.print(f"{path}.csv, .json, {', '.join(picture.suffix for picture in drawn)}")
-    console.print(f"{time.perf_counter() - began:.1f} s")
-    result(answers=answers, files=[f"{path}.csv", f"{path}.json", *drawn])
+    files = [Path(f"{path}.csv"), Path(f"{path}.json"), *drawn]
+    table.to_csv(files[0], index=False)
+    files[1].write_text(to_json({"format": 1, "source": paper.source, "answers": answers}))
+    console.print(written(*files))
+    result(answers=answers, files=files)
     return 0
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.table import Column, Table
 
 from analysis.advice import Advice, Case, advise, advise_rate, describe, evidence
 from analysis.capacity import DELAY_LIMIT_S, Latency, Search, Setting, curve, latency
 from analysis.plots import save
 from analysis.plots_capacity import capacity_figure
+from experiments import terminal
 from experiments.calibrate_here import calibrate, settings_of
 from experiments.cost_model import load_calibration
 from experiments.doctor import choose_testbed, problems
@@ -28,7 +27,7 @@ from experiments.expand import FEWEST_REQUESTS, expand
 from experiments.provenance import gpus
 from experiments.spec import MODELS, ServingFigure, SpecError, Testbed, load_figure, read_yaml
 from experiments.store import to_json
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 from experiments.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.workload import Trace, choose_trace, describe_trace
 
@@ -109,14 +108,13 @@ def show(case: Case, advice: Advice) -> None:
         words = f"{advice.value:.3g} requests/s ({many}) with {limits}; {WORDS[best.bound_by]} forbids more"
     else:
         words = f"{WORDS[advice.goal]} {advice.value:.3g} s ({many}) with {limits} at {fixed:g} requests/s"
-    names = ("chunk", "batch", "QPS", "to best", "bound by", "TBT ms", "TTFT ms")
-    view = Table(*(Column(name, justify="right", no_wrap=True) for name in names), box=box.SIMPLE_HEAD, pad_edge=False)
+    view = terminal.table("chunk", "batch", "QPS", "to best", "bound by", "TBT ms", "TTFT ms")
     for option in sorted((best, *advice.neighbours), key=lambda option: option.setting):
         kept = f"{option.rate:.3g}" if option.rate else "no"
         cost = f"{option.rate / best.rate - 1:+.0%}" if fixed is None else ""
         numbers = (f"{1e3 * option.latency.tbt_p99:.0f}", f"{1e3 * option.latency.ttft_p50:.0f}")
         view.add_row(str(option.setting.budget), str(option.setting.max_batch), kept, cost, WORDS[option.bound_by], *numbers)
-    console.print(f"\n[bold]{what}: {words}[/bold]")
+    console.print(f"\n{what}: {words}", style="bold")
     console.print(view, soft_wrap=False)
     keys = "batch: most requests in a step; QPS: capacity; P99 TBT and P50 TTFT about there"
     console.print(f"SIMULATED, seed {case.seeds[0]}; {keys}")
@@ -146,7 +144,7 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
     seconds = testbed.serving.trial_seconds if testbed.serving else TRIAL_SECONDS
     found = []
     sessions = load_sessions(case.session, loads, seconds, case.max_total, testbed.switch_chunk_size)
-    for load, record in serve_loads(sessions, case.trace, console.print):
+    for load, record in serve_loads(sessions, case.trace):
         setting, seen, count = Setting(load.budget, load.max_batch), latency(record), len(record.requests)
         predicted = replace(case, requests=count).search().serve(setting, load.rate, case.session.seed)
         found.append(Confirmed(setting, load.rate, count, seen, predicted, seen.within(advice.limits)[0] <= 0))
@@ -255,9 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = draw(case, search, advice, testbed.title, path)
     answer = {"format": 1, "testbed": testbed.testbed, **facts(case, advice), "vllm_serve": serve_arguments(case, final)}
     answer |= {"recommended": asdict(final), "measured": [asdict(entry, dict_factory=finite) for entry in measured]}
-    Path(f"{path}.json").write_text(to_json(answer))
-    console.print(f"{path}.json, {picture.name}")
-    result(**answer, files=[f"{path}.json", picture])
+    files = [Path(f"{path}.json"), picture]
+    files[0].write_text(to_json(answer))
+    console.print(written(*files))
+    result(**answer, files=files)
     return 0
 
 

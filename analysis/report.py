@@ -21,7 +21,7 @@ from analysis.views import VIEWS, View, schedule_view
 from experiments.provenance import sha256
 from experiments.spec import SpecError
 from experiments.store import write_whole
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 
 # What is behind a verdict, as it is read: the ratio and its interval, what they are of, then the tests.
 NUMBERS = ("ratio", "low", "high", "replicates", "replicates_needed", "ratios",
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
     page, unjudged = options.report / "index.html", sorted(set(found) - set(views))
     write_whole(page, render(verdict, views, unjudged))
-    console.out(f"report written to {page}")
+    console.print(f"report written to {page}\n{written(options.report)}")
     result(report=page, overall=verdict.get("overall"), unjudged=unjudged)
     return 0
 

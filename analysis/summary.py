@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from rich import box
-from rich.table import Column, Table
+from rich.table import Table
 
 from analysis.load import Run, by_chunk_size, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
+from experiments import terminal
 from experiments.terminal import arguments, command, console, parse, result
 
 
@@ -52,8 +52,8 @@ def published_errors(table: pd.DataFrame) -> str:
 def _begin(run: Run, model: object, columns: Sequence[str], more: str = "") -> Table:
     """Print what the table of a model is of; the table, to be filled."""
     spread = f"median and range of {run.replicates} replicate{'s'[: run.replicates > 1]}"
-    console.out(f"\n{run.title}\n{model}, {spread}{more}")
-    return Table(*(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, pad_edge=False)
+    console.print(f"\n{run.title}\n{model}, {spread}{more}")
+    return terminal.table(*columns)
 
 
 def _range(row: Mapping[Any, Any], value: str, digits: int, factor: float = 1.0) -> str:
@@ -73,8 +73,8 @@ def show_prefill(run: Run, table: pd.DataFrame) -> None:
             view.add_row(str(row["prompt_length"]), row["chunk_size"], *cells, end_section=row["chunk_size"] == "unchunked")
         console.print(view, soft_wrap=False)
         if run.plan["scale"] == 1 and in_paper:
-            console.out(published_errors(rows))
-    console.out("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
+            console.print(published_errors(rows))
+    console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
 
 
 def serving_table(run: Run) -> pd.DataFrame:
@@ -100,7 +100,7 @@ def show_serving(run: Run, table: pd.DataFrame) -> None:
                 view.add_row(f"{qps:g}", f"{row['rate']:.2f}", row["chunk_size"], *times, f"{row['utilisation']:.0%}")
             view.add_section()
         console.print(view, soft_wrap=False)
-    console.out("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
+    console.print("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
 
 
 TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = options.report / f"{run.figure}-{run.testbed}.csv"
     table.to_csv(target, index=False)
     show(run, table)
-    console.out(f"as CSV: {target}")
+    console.print(f"as CSV: {target}")
     result(
         figure=run.figure, testbed=run.testbed, title=run.title, csv=target, points=json.loads(table.to_json(orient="records"))
     )

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.table import Column, Table
 
 from analysis.load import Run, load_run, prefill_times, serving_trials
 from analysis.plots import save
 from analysis.plots_validate import validation_figure
+from experiments import terminal
 from experiments.calibrate_here import calibrate, settings_of
 from experiments.cost_model import Calibration, load_calibration
 from experiments.doctor import choose_testbed
@@ -27,7 +26,7 @@ from experiments.estimate import calibration_here
 from experiments.provenance import machine
 from experiments.simulator import SimulatedEngine
 from experiments.spec import EngineSettings, SpecError, Testbed
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 
 STEP_TIME = "step time"
 TOTAL_TARGET = 0.05  # of the summed step time
@@ -107,8 +106,7 @@ def judge(table: pd.DataFrame) -> list[tuple[str, bool]]:
 def show(run: Run, table: pd.DataFrame) -> None:
     """Print predicted against measured for every point; the CSV holds step time too."""
     console.print(f"\n{run.title}\npredicted: SIMULATED with this machine's calibration; milliseconds")
-    names = ("model", "metric", "at", "chunk", "measured", "predicted", "error")
-    view = Table(*(Column(name, justify="right", no_wrap=True) for name in names), box=box.SIMPLE_HEAD, pad_edge=False)
+    view = terminal.table("model", "metric", "at", "chunk", "measured", "predicted", "error")
     for row in table[table["metric"] != STEP_TIME].to_dict("records"):
         numbers = (f"{1e3 * row['measured']:.1f}", f"{1e3 * row['predicted']:.1f}", f"{row['error']:+.1%}")
         view.add_row(row["model"], row["metric"], row["at"], row["chunk_size"], *numbers)
@@ -158,12 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = pd.concat(tables, ignore_index=True)
     target = options.report / f"validate-{testbed.testbed}"
     drawn = save(validation_figure(table, testbed.title), target)
-    table.to_csv(f"{target}.csv", index=False)
-    console.print(f"{target}.csv, {', '.join(path.name for path in drawn)}")
+    files = [Path(f"{target}.csv"), *drawn]
+    table.to_csv(files[0], index=False)
     judged = judge(table)
     for sentence, met in judged:
         console.print(f"{'met   ' if met else 'MISSED'}  {sentence}")
-    result(targets=[{"target": words, "met": met} for words, met in judged], files=[f"{target}.csv", *drawn])
+    console.print(written(*files))
+    result(targets=[{"target": words, "met": met} for words, met in judged], files=files)
     return 0 if all(met for _, met in judged) else 1
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from analysis import archive, gates, integrity
 from analysis import claims as rules
@@ -23,7 +23,7 @@ from analysis.stats import sample
 from experiments.provenance import sha256
 from experiments.spec import SpecError
 from experiments.store import to_json, write_whole
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 
 VERDICT_FORMAT = 1
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "NOT-APPLICABLE": "dim", "NOT-RUN": "dim"}
@@ -147,26 +147,26 @@ def verify_archive(path: Path, everything: bool = False) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     """The verdict table for people; what is broken is named above it. Nothing that a bag says is taken for markup."""
     if made := found.get("archive"):
-        console.out("\n  ".join((f"archive {made['name']} sha256 {made['sha256']}", *made["integrity"])))
+        console.print("\n  ".join((f"archive {made['name']} sha256 {made['sha256']}", *made["integrity"])))
     for part in found["runs"]:
-        console.out(f"\n{part['title']}")
+        console.print(f"\n{part['title']}")
         for bag in part["bags"]:
-            console.out(f"  {bag['name']}  tag manifest sha256 {bag['tagmanifest_sha256'] or 'not as sealed'}")
+            console.print(f"  {bag['name']}  tag manifest sha256 {bag['tagmanifest_sha256'] or 'not as sealed'}")
         for line in (*part["integrity"], *part["aside"]):
-            console.out(f"  {line}")
+            console.print(f"  {line}")
         for gate in part["gates"]:
-            console.out(f"  gate {'ok    ' if gate['ok'] else 'BROKEN'} {gate['gate']}: {gate['detail']}")
+            console.print(f"  gate {'ok    ' if gate['ok'] else 'BROKEN'} {gate['gate']}: {gate['detail']}")
     table = Table("claim", "run", "verdict", "why", "published", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for entry in found["claims"]:
         why = f"{entry['statement']} {entry['reason'][0].upper()}{entry['reason'][1:]}."
-        said = (_coloured(entry["verdict"]), escape(why), entry["published"]["verdict"])
-        table.add_row(entry["id"], escape(entry["run"] or ""), *said, end_section=True)
+        said = (_coloured(entry["verdict"]), why, entry["published"]["verdict"])
+        table.add_row(entry["id"], entry["run"] or "", *said, end_section=True)
     console.print(table, soft_wrap=False)
 
 
-def _coloured(verdict: str) -> str:
-    return f"[{STYLES[verdict]}]{verdict}[/]"
+def _coloured(verdict: str) -> Text:
+    return Text(verdict, style=STYLES[verdict])
 
 
 @command
@@ -187,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(report / "verdict.json", to_json(found))
     show(found)
     for line in [] if options.bag else unfinished(options.runs):
-        console.out(line)
-    console.out(f"every number behind this: {report / 'verdict.json'}")
+        console.print(line)
+    console.print(f"every number behind this: {written(report / 'verdict.json')}")
     console.print(_coloured(found["overall"]))
     result(**found)
     return int(found["status"])

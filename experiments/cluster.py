@@ -18,6 +18,7 @@ from experiments.local_ray import ray_cluster as ray_cluster  # again, for who r
 from experiments.placement import Node, Place, choose_machines, longest_first, take
 from experiments.provenance import machine
 from experiments.session import TrialResult
+from experiments.terminal import console
 from experiments.workload import Trace
 
 ATTEMPTS = 3  # a trial, or the loading of an engine, in which a session dies so often is given up
@@ -27,15 +28,8 @@ SUSPECT_S = 20.0  # a node on which a session died is left alone for as long as 
 PATIENCE_S = 60.0  # in which nodes may come back when no node can hold what is left
 
 Work = Callable[[Session, Sequence[str], Trace | None], Iterator[TrialResult | None]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where results and words go: a finished trial; a line for people; the log of what died, its name and text."""
-
-    store: Callable[[TrialResult], None]
-    say: Callable[[str], None]
-    log: Callable[[str, str], object] = lambda _name, _text: None
+Store = Callable[[TrialResult], None]
+Log = Callable[[str, str], None]  # the name of a session that died, and what it said
 
 
 def machine_type() -> str:
@@ -46,8 +40,8 @@ def machine_type() -> str:
 class Fleet:
     """The nodes that are there: their types, what is free of them, which of them are not to be trusted for a while."""
 
-    def __init__(self, ray: Any, say: Callable[[str], None]) -> None:
-        self._ray, self._say = ray, say
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
         self._names: dict[str, str] = {}
         self._suspects: dict[str, float] = {}
         self.nodes: list[Node] = []
@@ -73,7 +67,7 @@ class Fleet:
             try:
                 found[asked[answer]] = self._ray.get(answer)
             except self._ray.exceptions.RayError as error:
-                self._say(f"a node was left out: it does not say what it is ({_reason(error)})")
+                console.print(f"a node was left out: it does not say what it is ({_reason(error)})")
         return found
 
     def suspect(self, node: Node) -> None:
@@ -92,13 +86,14 @@ def run_sessions(
     sessions: Sequence[Session],
     owed: Mapping[str, Sequence[str]],
     trace: Trace | None,
-    report: Report,
+    store: Store,
+    log: Log = lambda _session, _text: None,
     fleet: Fleet | None = None,
     machines: Mapping[str, str] | None = None,
     seconds: Mapping[str, float] | None = None,
     work: Work | None = None,
 ) -> dict[str, str]:
-    """Run what is owed (session -> trials), storing each record as it comes, longest session first.
+    """Run what is owed (session -> trials), longest session first, each record to `store` as it comes.
 
     machines: model -> type of machine, chosen here if not given. seconds: session -> duration, else the sessions' estimates.
     work: what a session's process does, experiments.worker.work if not given.
@@ -106,11 +101,11 @@ def run_sessions(
     hold, before any is started.
     """
     due = [session for session in sessions if owed.get(session.name)]
-    fleet = fleet or Fleet(ray, report.say)
+    fleet = fleet or Fleet(ray)
     seconds = seconds or {session.name: session.estimate_s for session in due}
     machines = machines or choose_machines(due, seconds, fleet.nodes, {})
     jobs = [_Job(session, machines[session.model], list(owed[session.name])) for session in longest_first(due, seconds)]
-    return _Crew(ray, fleet, trace, report, work or worker.work).run(jobs)
+    return _Crew(ray, fleet, trace, store, log, work or worker.work).run(jobs)
 
 
 @dataclass(eq=False)
@@ -128,8 +123,8 @@ class _Job:
 class _Crew:
     """The jobs: which wait, which run where, which failed."""
 
-    def __init__(self, ray: Any, fleet: Fleet, trace: Trace | None, report: Report, work: Work) -> None:
-        self._ray, self._fleet, self._report = ray, fleet, report
+    def __init__(self, ray: Any, fleet: Fleet, trace: Trace | None, store: Store, log: Log, work: Work) -> None:
+        self._ray, self._fleet, self._store, self._log = ray, fleet, store, log
         self._remote = ray.remote(max_calls=1)(work)  # a fresh process each time: one engine, one process
         self._trace = ray.put(trace)
         self._running: dict[Any, tuple[_Job, Place]] = {}
@@ -180,14 +175,14 @@ class _Crew:
             job.loaded = True
         else:
             result.facts["node"] = place.node.name
-            self._report.store(result)
+            self._store(result)
             job.left.remove(result.trial)
 
     def _died(self, job: _Job, node: Node, error: Exception) -> None:
         """Start it again for what it owes, without the trial in which it died too often."""
         name, left, silent = job.session.name, job.left, time.monotonic() - job.heard
         reason = _reason(error) + (f"; hung, no result in {silent:.0f} s" if silent > job.session.time_limit_s else "")
-        self._report.log(name, str(error))
+        self._log(name, str(error))
         self._fleet.suspect(node)
         self._fleet.refresh()
         trial = left[0] if job.loaded and left else ""
@@ -195,7 +190,7 @@ class _Crew:
         if job.deaths[trial] < ATTEMPTS:
             where = "" if node in self._fleet.nodes else f"; {node.name} is lost"
             again = f"attempt {job.deaths[trial] + 1} of {ATTEMPTS} for its {len(left)} trials left"
-            self._report.say(f"{name} died ({reason}{where}); {again}")
+            console.print(f"{name} died ({reason}{where}); {again}")
         elif trial:
             self._failed[f"{name}/{left.pop(0)}"] = f"the session died in it {ATTEMPTS} times: {reason}"
         else:

@@ -86,7 +86,7 @@ def frame(rows: Sequence[Sequence[Any]], columns: Mapping[str, str]) -> pd.DataF
 
 
 class Recorder:
-    """Collects the rows of one trial; both engines write through it, so that records cannot differ in form."""
+    """Collects the rows of one trial, step by step."""
 
     def __init__(self) -> None:
         self.requests: list[list[Any]] = []

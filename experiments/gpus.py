@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the resources, with or without --json."""
     parse(arguments("experiments.gpus", "A node's resources as JSON for `ray start`."), argv)
     found = resources()
-    console.print(json.dumps(found), markup=False)
+    console.print(json.dumps(found))
     result(**found)
     return 0
 

@@ -60,18 +60,13 @@ def request_metrics(record: Record) -> pd.DataFrame:
 
 def tbt(record: Record) -> npt.NDArray[np.float64]:
     """Gaps between consecutive output tokens of the same request, seconds, all requests together (also called ITL)."""
-    return first_and_gaps(record)[1]
-
-
-def first_and_gaps(record: Record) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Time of each request's first token, in the order of requests that have one; and tbt. Tokens are in the order received."""
     requests = record.tokens["request"].to_numpy()
     narrow = requests.astype(np.uint16) if len(requests) and requests.max() < 1 << 16 else requests
     order = np.argsort(narrow, kind="stable")  # of 16 bits numpy sorts by radix, three times as fast
     times: npt.NDArray[np.float64] = record.tokens["time_s"].to_numpy(dtype=np.float64)[order]
     new = np.diff(requests[order], prepend=-1) != 0
     gaps: npt.NDArray[np.float64] = np.diff(times)[~new[1:]]
-    return times[new], gaps
+    return gaps
 
 
 def duration(record: Record) -> float:

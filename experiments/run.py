@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from experiments.provenance import sbom
 from experiments.session import TrialResult, run_session
 from experiments.simulator import simulated_engine
 from experiments.store import to_json
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 
 
 class Ticker(Progress):
@@ -53,7 +52,6 @@ class Ticker(Progress):
 
 def execute(plan: Plan) -> int:
     """Run what is owed and seal the run. 0 complete, 1 something is missing."""
-    began = time.monotonic()
     with plan.run.locked():
         owed, failed = plan.owed(), dict[str, str]()
         outlook = plan.outlook(owed)
@@ -66,9 +64,7 @@ def execute(plan: Plan) -> int:
             logs = "".join(f"; what they said: {path}" for path in sorted(plan.run.folder.glob("died-*.log")))
             console.print(f"the run is incomplete; the same command runs what is missing{logs}")
         elif owed or plan.run.open.exists():
-            bag = _seal(plan)
-            size = sum(file.stat().st_size for file in bag.rglob("*") if file.is_file()) / 1e6
-            console.print(f"sealed {bag}: {size:.1f} MB, in {(time.monotonic() - began) / 60:.1f} min")
+            console.print(f"sealed {written(_seal(plan))}")
         else:
             console.print(f"complete already: {', '.join(map(str, plan.run.bags()))}; nothing to do")
         result(figure=plan.figure.figure, testbed=plan.testbed.testbed, bags=plan.run.bags(), missing=failed)
@@ -88,10 +84,10 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
                 for found in run_session(session, owed[session.name], engine, plan.trace):
                     ticker.store(found)
         return {}
-    from experiments.cluster import Fleet, Report, ray_cluster, run_sessions
+    from experiments.cluster import Fleet, ray_cluster, run_sessions
 
     with ray_cluster() as ray:
-        fleet = Fleet(ray, console.print)
+        fleet = Fleet(ray)
         slots, machines = plan.schedule(fleet.nodes, totals)
         if len(fleet.nodes) > 1:
             console.print(f"cluster   {len(fleet.nodes)} nodes; {makespan(slots) / 60:.1f} min on them")
@@ -99,8 +95,7 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
         noted = {"planned": now, "slots": [asdict(slot) for slot in slots], "machines": machines, "nodes": nodes}
         plan.run.note_schedule(noted)
         with Ticker(plan, trials, makespan(slots)) as ticker:
-            report = Report(ticker.store, console.print, plan.run.write_log)
-            how = (owed, plan.trace, report, fleet, machines, totals)
+            how = (owed, plan.trace, ticker.store, plan.run.write_log, fleet, machines, totals)
             failed = run_sessions(ray, plan.saturation, *how)
             if not failed:
                 plan.sessions = plan.expand()
@@ -143,7 +138,7 @@ def _nodes(plan: Plan) -> list[Node]:
     from experiments.cluster import Fleet, ray_cluster
 
     with ray_cluster() as ray:
-        return Fleet(ray, console.print).nodes
+        return Fleet(ray).nodes
 
 
 def _interrupted(_signal: int, _frame: object) -> None:

@@ -9,18 +9,23 @@ import argparse
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec
 
+from rich import box
 from rich.console import Console
+from rich.table import Column, Table
 
 from experiments.provenance import ROOT
 from experiments.spec import SpecError
 
 P = ParamSpec("P")
-console = Console(highlight=False, soft_wrap=True)  # colour only where standard output is a terminal
+# Colour only where standard output is a terminal; what is printed may come from anywhere, so nothing in it is markup.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 _wanted = argparse.Namespace(json=False)
+BEGAN = time.monotonic() - time.process_time()  # until here it has done nothing but import
 
 OPTIONS = {
     "testbed": {"default": "auto", "help": "a testbed's name or YAML file; auto: the best that this machine can run"},
@@ -52,6 +57,25 @@ def result(**facts: object) -> None:
     """What the command found or made, printed if --json asks for it."""
     if _wanted.json:
         print(json.dumps(facts, sort_keys=True, default=str))
+
+
+def table(*names: str) -> Table:
+    """A table of numbers with these columns, to be filled and printed."""
+    return Table(*(Column(name, justify="right") for name in names), box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def took() -> str:
+    """Since this process began."""
+    seconds = time.monotonic() - BEGAN
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def written(*paths: Path) -> str:
+    """What a command leaves, for its last words: files or folders, their size, and how long it took."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    told = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    return f"{', '.join(map(str, paths))}: {told}, in {took()}"
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from experiments.engine import Record
@@ -46,14 +46,14 @@ def load_sessions(base: Session, loads: Sequence[Load], seconds: float, max_tota
     return sessions
 
 
-def serve_loads(sessions: Sequence[Session], trace: Trace, say: Callable[[str], None]) -> list[tuple[Load, Record]]:
+def serve_loads(sessions: Sequence[Session], trace: Trace) -> list[tuple[Load, Record]]:
     """Serve them, saying what goes wrong; each load with the record of its measured phase. Raises SpecError if one fails."""
-    from experiments.cluster import Report, ray_cluster, run_sessions
+    from experiments.cluster import ray_cluster, run_sessions
 
     results: list[TrialResult] = []
     owed = {session.name: [trial.name for trial in session.trials] for session in sessions}
     with ray_cluster() as ray:
-        failed = run_sessions(ray, sessions, owed, trace, Report(results.append, say))
+        failed = run_sessions(ray, sessions, owed, trace, results.append)
     if failed:
         raise SpecError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     found = []

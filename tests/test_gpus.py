@@ -119,7 +119,7 @@ def test_ray_gives_a_session_the_pair_it_took() -> None:
     sessions = {s.model: s for s in expand(load_figure("fig9a"), load_testbed("a100"), replicates=1)}
     session = dataclasses.replace(sessions["yi-34b-200k"], memory_gib=0.1)
     with ray_cluster() as ray:
-        fleet = Fleet(ray, print)
+        fleet = Fleet(ray)
         place = fleet.take(session, fleet.nodes[0].machine)
         assert place is not None
         options = options_of(session, place) | {"num_returns": 1}

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,7 +240,7 @@ def test_what_is_said_of_the_measurements(kept: tuple[bool, bool], words: str, c
     assert "chunk size 512 at 1.8 requests/s: P99 TBT 90.0 ms (simulated 100.0), P50 TTFT 210.0 ms (simulated 200.0)" in said
 
 
-def simulated_loads(sessions: list[Session], trace: Trace, _say: Callable[[str], None]) -> list[tuple[Load, Record]]:
+def simulated_loads(sessions: list[Session], trace: Trace) -> list[tuple[Load, Record]]:
     """experiments.trials.serve_loads without Ray, on simulated engines."""
     found = []
     for session in sessions:

@@ -126,7 +126,8 @@ def make(runs: Path, out: Path, data: Any) -> Page:
 def test_one_self_contained_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [judged(bag_of(runs, "fig9a")), judged(bag_of(runs, "smoke"))]
     page = make(runs, tmp_path / "report", verdict(parts, [claim(), claim(id="C4", verdict="NOT-RUN", run=None, title=None)]))
-    assert capsys.readouterr().out == f"report written to {tmp_path / 'report' / 'index.html'}\n"
+    said = f"report written to {tmp_path / 'report' / 'index.html'}\n{tmp_path / 'report'}: "
+    assert re.fullmatch(re.escape(said) + r"[\d.]+ [kM]B, in [\d.]+ (s|min)\n", capsys.readouterr().out)
     made = {path.name for path in (tmp_path / "report").iterdir()}
     pictures = {f"{name}.{suffix}" for name in ("fig9a-cpu", "smoke-cpu") for suffix in ("png", "svg")}
     assert made == {"verdict.json", "index.html", *pictures}

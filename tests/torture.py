@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from analysis import integrity
+from experiments import terminal
 from experiments.provenance import ROOT, sha256
 from experiments.store import trial_is_whole
 
@@ -128,7 +129,7 @@ def torture(kills: int, seed: int) -> Counter[str]:
             print(f"{hit.total()} kills; {took:.0f} s; now {dict(whom)}; {len(before) // 5} of {TRIALS} trials", flush=True)
             if sealed:
                 before, runs = {}, runs + 1
-        print(f"{hit.total()} kills over {runs} runs, all sealed: {dict(hit.most_common())}")
+        print(f"{hit.total()} kills over {runs} runs, all sealed, in {terminal.took()}: {dict(hit.most_common())}")
     except TortureError:
         print((home / "log").read_text()[-3000:], file=sys.stderr)
         raise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments.cluster import Report, ray_cluster, run_sessions
+from experiments.cluster import ray_cluster, run_sessions
 from experiments.expand import LoadPoint, Session, Trial, expand
 from experiments.session import TrialResult, run_trials
 from experiments.simulator import simulated_engine
@@ -51,7 +51,7 @@ def measure() -> tuple[float, float]:
             stamps.append(time.perf_counter())
 
         owed = {session.name: [trial.name for trial in session.trials]}
-        failed = run_sessions(ray, [session], owed, synthetic_trace(), Report(store, print), work=short_trials)
+        failed = run_sessions(ray, [session], owed, synthetic_trace(), store, work=short_trials)
         assert not failed, failed
         assert len(run.complete()) == TRIALS
     return 1e3 * (stamps[-1] - stamps[0]) / (TRIALS - 1), (sizes[-1] - sizes[SETTLED]) / 1e6

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import pandas as pd
 from analysis.claims import Claim, load_claims, published_ratio, rule
 from analysis.stats import LEVELS, MOST_REPLICATES, Array, Sample, replicates_needed
 from experiments.provenance import ROOT
-from experiments.terminal import arguments, command, console, parse, result
+from experiments.terminal import arguments, command, console, parse, result, written
 
 DOCS = ROOT / "docs" / "verdicts.md"
 BEGIN, END = "<!-- make verify-study writes what follows -->\n", "<!-- make verify-study wrote what precedes -->\n"
@@ -235,17 +234,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, help="Markdown file whose tables are renewed")
     parser.add_argument("--csv", type=Path, help="write every cell here")
     options = parse(parser, argv)
-    began, count, seed = time.monotonic(), options.experiments, options.seed
+    count, seed = options.experiments, options.seed
     table = cells(count, seed)
     text = describe(table, cells(count, seed, UNPROTECTED, ["ordering"]), count, seed)
-    console.out(text)
+    console.print(text)
     before, _, rest = options.docs.read_text().partition(BEGIN)
     options.docs.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
     if options.csv:
         table.to_csv(options.csv, index=False)
     failures = broken(table, count)
-    console.out("\n".join(failures) or "every cell keeps its limit")
-    console.out(f"{time.monotonic() - began:.0f} s; tables written to {options.docs}")
+    console.print("\n".join(failures) or "every cell keeps its limit")
+    console.print(f"tables written to {written(options.docs)}")
     result(broken=failures, docs=options.docs, experiments=count, seed=seed)
     return 1 if failures else 0
 

@@ -69,7 +69,7 @@ def command(rig: Rig, *arguments: str, target: str = "cpu") -> list[str]:
     build = f"BUILD_FLAGS=--network host --build-arg {base}{digest}"
     if target == "cuda":
         build += f" --build-arg 'LEAVE_OUT={HEAVY}'"
-    room = "IMAGE_DISK=5"  # the stand-in without its wheels takes 2, the cpu image 4
+    room = "IMAGE_DISK=8"  # GiB; both images and the registry took 7
     user = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "env", "HOME=/nonexistent"]
     return [*user, "make", f"DOCKER={rig.docker}", "IN=docker", f"TARGET={target}", build, room, *FLAGS, *arguments]
 
