@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 
-from analysis.capacity import LOWEST, Latency, Search, Setting
+from analysis.capacity import LOWEST, WORDS, Latency, Search, Setting
 from analysis.stats import sample
 from experiments.cost_model import Calibration
 from experiments.engine import Phase
@@ -180,8 +180,7 @@ def advise_rate(case: Case, search: Search, limits: Latency, rate: float) -> Adv
 
 def describe(limits: Latency) -> str:
     """Latencies in words, those that are given."""
-    words = {"P99 TBT": limits.tbt_p99, "P50 TTFT": limits.ttft_p50, "median delay": limits.delay_p50}
-    return ", ".join(f"{name} {value:.3g} s" for name, value in words.items() if value < math.inf)
+    return ", ".join(f"{WORDS[name]} {value:.3g} s" for name, value in vars(limits).items() if value < math.inf)
 
 
 def evidence(case: Case) -> str:

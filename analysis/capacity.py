@@ -15,12 +15,13 @@ from itertools import pairwise
 import numpy as np
 
 from experiments.engine import Record
-from experiments.metrics import serving_metrics
+from experiments.metrics import NAMES, serving_metrics
 
 GRID = 10  # rates looked at per factor of two; between two of them capacity is interpolated
 LOWEST = -10 * GRID  # a request every 17 minutes: one at a time
 HIGHEST = 10 * GRID
 DELAY_LIMIT_S = 2.0
+WORDS = {**NAMES, "delay_p50": "median scheduling delay", "nothing": "nothing"}  # what may bound a capacity
 CURVE_STEPS = (GRID // 2, 5 * GRID // 2)  # below the highest rate
 JUMP, FINEST = 1.7, 3  # where P99 TBT rises by more, a curve is looked at more closely, down to these steps
 

@@ -194,9 +194,10 @@ def judge(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> lis
 
 def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
     against = f" to {claim.statistic.against}" if claim.statistic.against else ""
-    name = f"{claim.statistic.chunk_size}{against}" if claim.statistic.chunk_size else "smallest neighbouring ratio"
+    sizes = claim.statistic.chunk_size
+    name = f"ratio {sizes}{against}" if sizes else "the smallest ratio of neighbouring chunk sizes"
     high = "unknown" if numbers["high"] is None else f"{numbers['high']:.3f}"
-    what = f"ratio {name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
+    what = f"{name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
     if claim.rule == "equivalence":
         rule = f"published {published_ratio(claim):.3f}, margin {claim.margin:.0%}"
     else:

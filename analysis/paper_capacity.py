@@ -10,11 +10,11 @@ import pandas as pd
 from pydantic.dataclasses import dataclass as spec_dataclass
 
 from analysis.advice import TIE, Advice, Case, Option, advise, option
-from analysis.capacity import Latency, Setting
+from analysis.capacity import WORDS, Latency, Setting
 from analysis.load import REFERENCE
 from analysis.plots import save
 from analysis.plots_capacity import capacity_figure
-from analysis.recommend import WORDS, case_of, curves, facts, marks, show
+from analysis.recommend import case_of, curves, facts, marks, show
 from experiments.cost_model import CostModel
 from experiments.spec import STRICT, SpecError, load_testbed, read_spec
 from experiments.store import to_json

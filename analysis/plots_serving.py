@@ -15,10 +15,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethod
 
 from analysis import plots
 from analysis.load import Run, TrialRecord, by_chunk_size, chunk_label, chunk_order, serving_trials
-from experiments.metrics import of_phase, point_phase, tbt
+from experiments.metrics import NAMES, of_phase, point_phase, tbt
 
 Floats = npt.NDArray[np.float64]
-METRICS = {"ttft_p50": "P50 TTFT", "tbt_p99": "P99 TBT"}
 KEYS = ["model", "in_paper", "qps", "chunk_size"]
 # Vermillion of the same palette and a grey: no chunk size has them, and grey print keeps them apart (CIE L* 54 and 80).
 PREFILL_COLOUR, DECODE_COLOUR = "#D55E00", "#C6C6C6"
@@ -36,11 +35,11 @@ def serving_intervals(run: Run) -> pd.DataFrame:
     trials = serving_trials(run)
     rows = []
     if len(trials):
-        finished = trials[list(METRICS)].gt(0).all(axis=1)  # NaN: nothing finished, or one token each; a gate says so
+        finished = trials[list(NAMES)].gt(0).all(axis=1)  # NaN: nothing finished, or one token each; a gate says so
         for key, group in trials[finished & ~trials["repeat"]].groupby(KEYS, sort=False):
-            (count, *ttft), (_, *gap) = (plots.mean_interval(group[name], run.model_error(str(key[0]))) for name in METRICS)
+            (count, *ttft), (_, *gap) = (plots.mean_interval(group[name], run.model_error(str(key[0]))) for name in NAMES)
             rows.append((*key, group["rate"].min(), group["rate"].max(), count, *ttft, *gap))
-    values = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    values = [f"{metric}{end}" for metric in NAMES for end in ("", "_low", "_high")]
     table = pd.DataFrame(rows, columns=[*KEYS, "rate", "rate_high", "replicates", *values])
     return by_chunk_size(table, "model", "qps")
 
@@ -70,7 +69,7 @@ def serving_figure(run: Run) -> Figure:
             title = f"{'SIMULATED: ' if run.simulated else ''}{rows['model'].iloc[0]}, {load_of(rows)}"
             panel.suptitle(f"{title}\n{plots.conditions(run, int(rows['replicates'].min()))}", fontsize=7.5)
             panel.supxlabel("chunk size (the paper's tokens)", fontsize=7.5)
-            for axes, metric in zip(panel.subplots(1, 2), METRICS, strict=True):
+            for axes, metric in zip(panel.subplots(1, 2), NAMES, strict=True):
                 _bars(axes, rows, metric, run.simulated)
     return figure
 
@@ -92,7 +91,7 @@ def _bars(axes: Axes, rows: pd.DataFrame, metric: str, hatched: bool) -> None:
         axes.annotate(f"{value:,.{digits}f}", (x, top), zorder=5, **plots.ABOVE)
     axes.set_ylim(0, 1.15 * tops.max())
     plots.label_groups(axes, list(rows["chunk_size"]))
-    axes.set_ylabel(f"{METRICS[metric]} ({unit})")
+    axes.set_ylabel(f"{NAMES[metric]} ({unit})")
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 

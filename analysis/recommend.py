@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.advice import Advice, Case, advise, advise_rate, describe, evidence
-from analysis.capacity import DELAY_LIMIT_S, Latency, Search, Setting, curve, latency
+from analysis.capacity import DELAY_LIMIT_S, WORDS, Latency, Search, Setting, curve, latency
 from analysis.plots import save
 from analysis.plots_capacity import capacity_figure
 from experiments import terminal
@@ -24,6 +24,7 @@ from experiments.cost_model import load_calibration
 from experiments.doctor import choose_testbed, problems
 from experiments.estimate import calibration_here
 from experiments.expand import FEWEST_REQUESTS, expand
+from experiments.metrics import NAMES
 from experiments.provenance import gpus
 from experiments.spec import MODELS, ServingFigure, SpecError, Testbed, load_figure, read_yaml
 from experiments.store import to_json
@@ -32,7 +33,6 @@ from experiments.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.workload import Trace, choose_trace, describe_trace
 
 SEEDS = 4
-WORDS = {"tbt_p99": "P99 TBT", "ttft_p50": "P50 TTFT", "delay_p50": "scheduling delay", "nothing": "nothing"}
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
 CONFIRM_AT = 0.9  # of the simulated capacity: at the capacity itself a coin would decide
 
@@ -154,8 +154,8 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
 def show_confirmed(advice: Advice, found: Sequence[Confirmed]) -> None:
     """Print what was measured, and which setting it speaks for."""
     for entry in found:
-        one, two, names = entry.measured, entry.simulated, ("tbt_p99", "ttft_p50")
-        both = ((WORDS[name], 1e3 * getattr(one, name), 1e3 * getattr(two, name)) for name in names)
+        one, two = entry.measured, entry.simulated
+        both = ((words, 1e3 * getattr(one, name), 1e3 * getattr(two, name)) for name, words in NAMES.items())
         pairs = ", ".join(f"{name} {measured:.1f} ms (simulated {simulated:.1f})" for name, measured, simulated in both)
         kept = "kept" if entry.kept else f"NOT kept, for {WORDS[one.within(advice.limits)[1]]}"
         load = f"chunk size {entry.setting.budget} at {entry.rate:.3g} requests/s"

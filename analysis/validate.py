@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.load import Run, load_run, prefill_times, serving_trials
+from analysis.load import Run, by_chunk_size, load_run, prefill_times, serving_trials
 from analysis.plots import save
 from analysis.plots_validate import validation_figure
 from experiments import terminal
@@ -23,6 +23,7 @@ from experiments.cost_model import Calibration, load_calibration
 from experiments.doctor import choose_testbed
 from experiments.engine import Phase, Record, Request
 from experiments.estimate import calibration_here
+from experiments.metrics import NAMES
 from experiments.provenance import machine
 from experiments.simulator import SimulatedEngine
 from experiments.spec import EngineSettings, SpecError, Testbed
@@ -31,7 +32,6 @@ from experiments.terminal import arguments, command, console, parse, result, wri
 STEP_TIME = "step time"
 TOTAL_TARGET = 0.05  # of the summed step time
 TARGETS = {"P50 TTFT": (0.10, 0.25), "P99 TBT": (0.10, 0.25)}  # median and worst error over the points of Figure 9b
-METRICS = {"P50 TTFT": "ttft_p50", "P99 TBT": "tbt_p99"}
 
 
 def phases_again(record: Record) -> list[Phase]:
@@ -66,13 +66,15 @@ def points(run: Run) -> pd.Series:
     """
     if run.kind == "prefill":
         table = prefill_times(run)
+        table = by_chunk_size(table, "model", "prompt_length")
         table["at"] = [f"{length / 1024:g}k" for length in table["prompt_length"]]
         metrics: dict[str, Any] = {STEP_TIME: ("seconds", "sum"), "prefill": ("seconds", "median")}
     else:
         table = serving_trials(run)
+        table = by_chunk_size(table, "model", "qps")
         table["at"] = [f"QPS {qps:g}" for qps in table["qps"]]
         table["seconds"] = table["utilisation"] * table["duration"]  # in steps
-        metrics = {STEP_TIME: ("seconds", "sum")} | {name: (key, geometric_mean) for name, key in METRICS.items()}
+        metrics = {STEP_TIME: ("seconds", "sum")} | {name: (key, geometric_mean) for key, name in NAMES.items()}
     found = table.groupby(["model", "at", "chunk_size"], sort=False).agg(**metrics).rename_axis(columns="metric")
     return pd.Series(found.stack())
 
@@ -161,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged = judge(table)
     for sentence, met in judged:
         console.print(f"{'met   ' if met else 'MISSED'}  {sentence}")
+    if not all(met for _, met in judged):
+        console.print("the targets are for an idle machine; how noisy this one was is among the gates of make verify")
     console.print(written(*files))
     result(targets=[{"target": words, "met": met} for words, met in judged], files=files)
     return 0 if all(met for _, met in judged) else 1

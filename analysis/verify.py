@@ -1,4 +1,4 @@
-"""`make verify`: integrity, gates, claims, in that order; a table, verdict.json, and the overall verdict as the last line."""
+"""`make verify`: integrity, gates, claims, in that order; verdict.json, and the overall verdict as the last line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 import re
 import sys
 import tempfile
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from analysis import archive, gates, integrity
@@ -26,6 +26,7 @@ from experiments.store import to_json, write_whole
 from experiments.terminal import arguments, command, console, parse, result, written
 
 VERDICT_FORMAT = 1
+INDENT = " " * 5
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "NOT-APPLICABLE": "dim", "NOT-RUN": "dim"}
 
 
@@ -145,7 +146,7 @@ def verify_archive(path: Path, everything: bool = False) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The verdict table for people; what is broken is named above it. Nothing that a bag says is taken for markup."""
+    """The verdicts for people; what is broken is named above them. Nothing that a bag says is taken for markup."""
     if made := found.get("archive"):
         console.print("\n  ".join((f"archive {made['name']} sha256 {made['sha256']}", *made["integrity"])))
     for part in found["runs"]:
@@ -156,13 +157,16 @@ def show(found: dict[str, Any]) -> None:
             console.print(f"  {line}")
         for gate in part["gates"]:
             console.print(f"  gate {'ok    ' if gate['ok'] else 'BROKEN'} {gate['gate']}: {gate['detail']}")
-    table = Table("claim", "run", "verdict", "why", "published", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for entry in found["claims"]:
-        why = f"{entry['statement']} {entry['reason'][0].upper()}{entry['reason'][1:]}."
-        said = (_coloured(entry["verdict"]), why, entry["published"]["verdict"])
-        table.add_row(entry["id"], entry["run"] or "", *said, end_section=True)
-    console.print(table, soft_wrap=False)
+        run = f"  {entry['run'] or 'not run'}{', SIMULATED' if entry['simulated'] else ''}"
+        console.print(Text.assemble(f"\n{entry['id']:5}", _coloured(entry["verdict"]), run))
+        published = entry["published"]
+        judged = {"agrees": "agrees", "contradicts": "contradicts this"}.get(published["verdict"])
+        reference = f" The published run {judged} ({published['value']:.4g})." if judged else ""
+        for line in (entry["statement"], f"{entry['reason'][0].upper()}{entry['reason'][1:]}.{reference}"):
+            console.print(textwrap.fill(line, console.width, initial_indent=INDENT, subsequent_indent=INDENT))
+    counts = Counter(entry["verdict"] for entry in found["claims"])
+    console.print(f"\nclaims: {', '.join(f'{counts[verdict]} {verdict}' for verdict in STYLES if counts[verdict])}")
 
 
 def _coloured(verdict: str) -> Text:

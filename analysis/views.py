@@ -12,7 +12,7 @@ import pandas as pd
 from analysis import plots, plots_schedule, plots_serving
 from analysis.load import Run, TrialRecord, by_chunk_size
 from analysis.summary import prefill_table, serving_table
-from experiments.metrics import of_phase, point_phase
+from experiments.metrics import NAMES, of_phase, point_phase
 
 CSS_PIXELS = 130  # per inch of figure: its 7.5 pt letters become the size of the page's small print
 
@@ -137,7 +137,7 @@ def _serving_table(title: str, rows: pd.DataFrame) -> Table:
     cells = []
     for row in rows.to_dict("records"):
         own = [f"{row['qps']:g}", row["chunk_size"], _number(row["rate"], 2)]
-        for metric in plots_serving.METRICS:
+        for metric in NAMES:
             own.append(_number(1e3 * row[metric], 1))
             own.append(_interval(1e3 * row[f"{metric}_low"], 1e3 * row[f"{metric}_high"], 1))
         own += [_number(1e3 * row[metric], 1) for metric in ("scheduling_delay_p50", "normalized_latency_p50")]

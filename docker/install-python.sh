@@ -8,11 +8,13 @@ for lock in "$@"; do
         awk -v left_out="^(${LEAVE_OUT})==" '/^[a-z]/ {skip = $0 ~ left_out} !skip' "$lock" >kept && mv kept "$lock"
     fi
     install() {
-        /opt/venv/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
-            --only-binary :all: "$@" -r "$lock"
+        /opt/venv/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps --no-compile \
+            --require-hashes --only-binary :all: "$@" -r "$lock"
     }
     case $lock in
     torch-cpu.lock) install 2>/dev/null || install --index-url "$TORCH_INDEX" ;; # the CPU build is on an index of its own
     *) install ;;
     esac
 done
+# As pip would, but on every core; some packages hold files that are for no Python.
+/opt/venv/bin/python -m compileall -q -j 0 -x '/tests?/' /opt/venv/lib >/dev/null 2>&1 || true

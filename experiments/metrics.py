@@ -12,6 +12,8 @@ import pandas as pd
 
 from experiments.engine import Record
 
+NAMES = {"ttft_p50": "P50 TTFT", "tbt_p99": "P99 TBT"}  # the two metrics of Figure 9b, as people write them
+
 
 def prefill_seconds(record: Record) -> pd.Series:
     """Prefill time of each request, seconds, indexed by phase: the summed time of the steps that process its prompt.

@@ -73,7 +73,8 @@ def real_time(
     class RealTime:
         def __init__(self, settings: EngineSettings) -> None:
             self.engine = inner(settings)
-            self.facts = {**self.engine.facts, "load_s": load_s}
+            own = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
+            self.facts = {**self.engine.facts, **own, "load_s": load_s}
 
         def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
             began = time.monotonic()
@@ -170,6 +171,10 @@ def test_four_nodes_run_every_trial_once_as_planned(on: Rig, tmp_path: Path, mon
     assert Counter((f["session"], f["trial"]) for f in facts).most_common(1)[0][1] == 1
     assert len(facts) == 8 * 6
     assert {f["node"] for f in facts} <= {f"node-{n + 1}" for n in range(NODES)}
+    for size, wanted in ((1, {"0", "1"}), (2, {"0,1"})):  # a session sees the GPU, or the pair, that it took
+        seen = {f["engine"]["CUDA_VISIBLE_DEVICES"] for f in facts if f["settings"]["tensor_parallel"] == size}
+        assert set() < seen <= wanted
+    assert {f["engine"]["CUDA_DEVICE_ORDER"] for f in facts} == {"PCI_BUS_ID"}
     run = load_run(next(iter(find_runs(tmp_path).values())))
     (times,) = compared(run)
     times = times.round(1)

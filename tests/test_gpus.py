@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import doctor, gpus
+from experiments import doctor, gpus, local_ray
 from experiments.expand import expand
 from experiments.gpus import check_gpu_memory, gpu_memory_gib
 from experiments.local_ray import node_command
@@ -103,29 +103,17 @@ def test_a_node_declares_its_gpus_and_pairs() -> None:
         assert command[-1] == "--block"
 
 
+@pytest.mark.usefixtures("four_cards")
+def test_a_run_of_its_own_declares_them_too() -> None:
+    assert local_ray._options(None)["resources"] == gpus.resources() != {}
+
+
 def test_places_are_single_gpus_outside_of_pairs_first_or_whole_pairs() -> None:
     total = dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "nvlink-0-2"), 1.0) | {"CPU": 8.0}
     assert gpus.places(1, total) == [("gpu-1",), ("gpu-0",), ("gpu-2",)]
     assert gpus.places(2, total) == [("nvlink-0-2", "gpu-0", "gpu-2")]
     assert gpus.places(4, total) == gpus.places(2, {"gpu-0": 1.0, "gpu-1": 1.0}) == gpus.places(1, {"GPU": 2.0}) == []
     assert gpus.devices(("nvlink-0-2", "gpu-0", "gpu-2")) == "0,2"
-
-
-@pytest.mark.usefixtures("four_cards")
-def test_ray_gives_a_session_the_pair_it_took() -> None:
-    pytest.importorskip("vllm")
-    from experiments.cluster import Fleet, options_of, ray_cluster
-
-    sessions = {s.model: s for s in expand(load_figure("fig9a"), load_testbed("a100"), replicates=1)}
-    session = dataclasses.replace(sessions["yi-34b-200k"], memory_gib=0.1)
-    with ray_cluster() as ray:
-        fleet = Fleet(ray)
-        place = fleet.take(session, fleet.nodes[0].machine)
-        assert place is not None
-        options = options_of(session, place) | {"num_returns": 1}
-        del options["_generator_backpressure_num_objects"]
-        seen = ray.remote(lambda: {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")})
-        assert ray.get(seen.options(**options).remote()) == {"CUDA_VISIBLE_DEVICES": "0,2", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 @pytest.mark.usefixtures("four_cards")

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle, StepPatch
 
 from analysis import plots, plots_serving
 from analysis.load import Run, serving_trials
+from experiments.metrics import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,7 @@ def test_a_panel_for_each_model_and_qps_with_the_rate_that_was_run(run: Run) -> 
         assert all(axes.get_ylim()[0] == 0 for axes in panel.axes)
     wanted = plots_serving.serving_intervals(run)
     heights = [bar.get_height() for bars in panels(figure).values() for bar in bars]
-    expected = [
-        1e3 * value for _, rows in wanted.groupby(["model", "qps"]) for name in plots_serving.METRICS for value in rows[name]
-    ]
+    expected = [1e3 * value for _, rows in wanted.groupby(["model", "qps"]) for name in NAMES for value in rows[name]]
     assert heights == pytest.approx(expected)
 
 

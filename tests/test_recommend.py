@@ -237,7 +237,7 @@ def test_what_is_said_of_the_measurements(kept: tuple[bool, bool], words: str, c
     recommend.show_confirmed(advice, found)
     said = capsys.readouterr().out
     assert words in said
-    assert "chunk size 512 at 1.8 requests/s: P99 TBT 90.0 ms (simulated 100.0), P50 TTFT 210.0 ms (simulated 200.0)" in said
+    assert "chunk size 512 at 1.8 requests/s: P50 TTFT 210.0 ms (simulated 200.0), P99 TBT 90.0 ms (simulated 100.0)" in said
 
 
 def simulated_loads(sessions: list[Session], trace: Trace) -> list[tuple[Load, Record]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -51,6 +52,9 @@ def compared(runs: list[Run], calibrations: dict[str, Calibration]) -> pd.DataFr
 def test_the_known_engine_is_predicted(runs: list[Run]) -> None:
     table = compared(runs, CALIBRATIONS)
     assert table["metric"].value_counts().to_dict() == {"step time": 44, "prefill": 32, "P50 TTFT": 12, "P99 TBT": 12}
+    prefills = table[(table["metric"] == "prefill") & (table["model"] == "yi-34b-200k")]
+    sizes = ("512", "1024", "2048", "unchunked")
+    assert list(zip(prefills["at"], prefills["chunk_size"], strict=True)) == list(product(("2k", "4k", "8k", "16k"), sizes))
     assert [met for _, met in validate.judge(table)] == [True] * 4
     exact = {name: replace(calibration, jitter=Jitter(0.0)) for name, calibration in CALIBRATIONS.items()}
     assert compared(runs, exact)["error"].abs().max() > 0  # the comparison sees even jitter

@@ -322,6 +322,11 @@ def test_the_command_ends_with_the_verdict_and_writes_every_number(sealed: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "PASS"
     result = json.loads((tmp_path / "verdict.json").read_text())
+    printed = " ".join(done.stdout.split())
+    for entry in result["claims"]:  # each with its reason
+        reason = f"{entry['reason'][0].upper()}{entry['reason'][1:]}."
+        assert f"{entry['id']} {entry['verdict']} {entry['run'] or 'not run'} {entry['statement']} {reason}" in printed
+    assert max(len(line) for line in done.stdout.splitlines() if line.startswith(" " * 5)) <= 80
     assert result["overall"] == "PASS"
     assert len(result["runs"][0]["bags"][0]["tagmanifest_sha256"]) == 64
     assert all(entry["numbers"]["ratios"] for entry in result["claims"] if entry["verdict"] == "PASS")
