@@ -66,7 +66,7 @@ class Run:
         where = printable(f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})")
         engines = [trial.facts["engine"] for trial in self.trials]
         errors = {e["calibration"]: e["calibration_error"]["held_out"] for e in engines if "calibration" in e}
-        told = ", ".join(f"{name}, held-out error {error:.1%}" for name, error in sorted(errors.items()))
+        told = "; ".join(f"{name}, held-out error {error:.1%}" for name, error in sorted(errors.items()))
         return f"SIMULATED ({told}) {where}" if self.simulated else str(where)
 
     @property

@@ -47,5 +47,6 @@ def _panel(axes: Axes, rows: pd.DataFrame, marks: dict[str, str]) -> None:
         axes.plot(x, y, marker=marks[model], color=colour(size), **POINT)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
     axes.spines[["top", "right"]].set_visible(True)
-    log_ticks(axes.xaxis)
-    log_ticks(axes.yaxis)
+    multiples = (1, 3) if ends[1] > 30 * ends[0] else (1, 2, 5)  # numbers of a wide range would touch
+    log_ticks(axes.xaxis, multiples)
+    log_ticks(axes.yaxis, multiples)

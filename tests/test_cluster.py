@@ -40,7 +40,7 @@ pytest.importorskip("vllm")
 ray = pytest.importorskip("ray")
 NODE_KILLS = int(os.environ.get("NODE_KILLS", "1"))
 pytestmark = [pytest.mark.timeout(600 + 120 * NODE_KILLS), pytest.mark.cluster]
-NODES, LOAD_S = 4, 15.0
+NODES = 4
 GPUS = {"gpu-0": 1.0, "gpu-1": 1.0, "nvlink-0-1": 1.0}
 SMALL = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 QUICK = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
@@ -66,7 +66,7 @@ def real_time(
 ) -> Iterator[TrialResult | None]:
     """experiments.worker.work on an engine that simulates, then sleeps as long as it simulated, times `pace`.
 
-    It is loaded `load_s` after its process was created, which four at once need most of on two cores.
+    It is loaded `load_s` after its process was created.
     """
     inner = partial(simulated_engine, seed=session.seed)
 
@@ -134,6 +134,16 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         ray.cloudpickle.unregister_pickle_by_value(module)
 
 
+@pytest.fixture(scope="module")
+def load_s() -> float:
+    """How long engines pretend to load, seconds: well over what it takes to start a process on each node at once."""
+    began = time.monotonic()
+    imports = [sys.executable, "-c", "import ray, experiments.worker, experiments.simulator"]
+    for started in [subprocess.Popen(imports, cwd=ROOT) for _ in range(NODES)]:
+        assert started.wait() == 0
+    return max(15.0, 3.0 * (time.monotonic() - began))
+
+
 @pytest.fixture
 def on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
     monkeypatch.setenv("RAY_ADDRESS", rig.cluster.address)
@@ -163,9 +173,11 @@ def gpu_seconds(facts: Sequence[dict[str, Any]], until: datetime) -> float:
     return total
 
 
-def test_four_nodes_run_every_trial_once_as_planned(on: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure, testbed = on.specs("whole", [2048], [512, "unchunked"], LOAD_S, 2)
-    engines(monkeypatch, 1.0, LOAD_S)
+def test_four_nodes_run_every_trial_once_as_planned(
+    on: Rig, load_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure, testbed = on.specs("whole", [2048], [512, "unchunked"], load_s, 2)
+    engines(monkeypatch, 1.0, load_s)
     assert main([figure, "--testbed", testbed, "--out", str(tmp_path)]) == 0
     facts = stored(tmp_path)
     assert Counter((f["session"], f["trial"]) for f in facts).most_common(1)[0][1] == 1
@@ -182,14 +194,14 @@ def test_four_nodes_run_every_trial_once_as_planned(on: Rig, tmp_path: Path, mon
     planned, taken = times["planned_end"].max(), times["end"].max()
     assert taken == pytest.approx(planned, rel=0.1), times
     last = times["start"].max()
-    first = min(datetime.fromisoformat(f["started"]).timestamp() - LOAD_S for f in facts)
+    first = min(datetime.fromisoformat(f["started"]).timestamp() - load_s for f in facts)
     until = datetime.fromtimestamp(first + last - times["start"].min())
     assert gpu_seconds(facts, until) >= 0.9 * 2 * NODES * (last - times["start"].min()), times
     assert problems(run.bags[0]) == []
 
 
 def test_a_plan_shows_the_schedule_of_the_cluster(on: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figure, testbed = on.specs("shown", [2048, 4096], [512, "unchunked"], LOAD_S, 2)
+    figure, testbed = on.specs("shown", [2048, 4096], [512, "unchunked"], 15.0, 2)
     assert main([figure, "--testbed", testbed, "--out", str(tmp_path), "--plan"]) == 0
     printed = capsys.readouterr().out
     assert f"min on {NODES} nodes, " in printed
