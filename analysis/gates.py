@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import pandas as pd
-
-from analysis.load import Run, differing, repeat_ratios, serving_trials
+from analysis.load import Run, differing, probe_times, repeat_ratios, serving_trials
 from analysis.stats import LEVELS
 
 NOISE_LIMIT = 0.25  # interquartile range of the probe step over its median, median over sessions
@@ -26,13 +24,7 @@ class Gate:
 
 def noise(run: Run) -> float:
     """The machine's noise: the probe step's interquartile range over its median within a session, median over sessions."""
-    probes = []
-    for trial in run.trials:
-        numbers = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
-        requests = trial.record.requests
-        steps = requests.loc[requests["phase"].isin(numbers) & (requests["first_step"] >= 0), "first_step"]
-        probes.append(trial.record.steps["seconds"].iloc[steps])
-    seconds = pd.concat(probes, keys=[str(trial.facts["session"]) for trial in run.trials]).groupby(level=0)
+    seconds = probe_times(run).groupby("session")["seconds"]
     return float(((seconds.quantile(0.75) - seconds.quantile(0.25)) / seconds.median()).median())
 
 

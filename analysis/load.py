@@ -211,6 +211,18 @@ def serving_trials(run: Run) -> pd.DataFrame:
     return run.serving.copy()
 
 
+def probe_times(run: Run) -> pd.DataFrame:
+    """Seconds of the fixed steps with which every trial begins: model, session, seconds."""
+    rows = []
+    for trial in run.trials:
+        probes = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
+        requests = trial.record.requests
+        steps = requests.loc[requests["phase"].isin(probes) & (requests["first_step"] >= 0), "first_step"]
+        where = {key: str(trial.facts[key]) for key in ("model", "session")}
+        rows += [where | {"seconds": seconds} for seconds in trial.record.steps["seconds"].iloc[steps]]
+    return pd.DataFrame(rows, columns=["model", "session", "seconds"])
+
+
 def repeat_ratios(run: Run) -> pd.Series:
     """How a session's first trial and its repetition at the end compare: time again / time before, one per point and session.
 
