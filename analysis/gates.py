@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from analysis.load import Run, differing, probe_times, repeat_ratios, serving_trials
+from analysis.load import Run, differing, probe_steps, repeat_ratios, serving_trials
 from analysis.stats import LEVELS
 
 NOISE_LIMIT = 0.25  # interquartile range of the probe step over its median, median over sessions
@@ -24,7 +24,7 @@ class Gate:
 
 def noise(run: Run) -> float:
     """The machine's noise: the probe step's interquartile range over its median within a session, median over sessions."""
-    seconds = probe_times(run).groupby("session")["seconds"]
+    seconds = probe_steps(run).groupby("session")["seconds"]
     return float(((seconds.quantile(0.75) - seconds.quantile(0.25)) / seconds.median()).median())
 
 

@@ -211,16 +211,15 @@ def serving_trials(run: Run) -> pd.DataFrame:
     return run.serving.copy()
 
 
-def probe_times(run: Run) -> pd.DataFrame:
-    """Seconds of the fixed steps with which every trial begins: model, session, seconds."""
-    rows = []
+def probe_steps(run: Run) -> pd.DataFrame:
+    """The fixed steps with which every trial begins: model, session, then the columns of a step."""
+    found = []
     for trial in run.trials:
         probes = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
         requests = trial.record.requests
         steps = requests.loc[requests["phase"].isin(probes) & (requests["first_step"] >= 0), "first_step"]
-        where = {key: str(trial.facts[key]) for key in ("model", "session")}
-        rows += [where | {"seconds": seconds} for seconds in trial.record.steps["seconds"].iloc[steps]]
-    return pd.DataFrame(rows, columns=["model", "session", "seconds"])
+        found.append(trial.record.steps.iloc[steps].assign(**{key: str(trial.facts[key]) for key in ("model", "session")}))
+    return pd.concat(found, ignore_index=True)
 
 
 def repeat_ratios(run: Run) -> pd.Series:

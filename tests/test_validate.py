@@ -46,7 +46,7 @@ def runs() -> list[Run]:
 
 
 def compared(runs: list[Run], calibrations: dict[str, Calibration]) -> pd.DataFrame:
-    return pd.concat([validate.compare(run, calibrations)[0] for run in runs], ignore_index=True)
+    return pd.concat([validate.compare(run, calibrations) for run in runs], ignore_index=True)
 
 
 def test_the_known_engine_is_predicted(runs: list[Run]) -> None:
@@ -69,12 +69,12 @@ def test_another_engine_misses_every_target(runs: list[Run]) -> None:
 
 
 def test_a_machine_whose_speed_changed_is_told(runs: list[Run]) -> None:
-    faster = {name: replace(calibration, overhead_s=0.0) for name, calibration in CALIBRATIONS.items()}
+    unlike = {name: replace(calibration, overhead_s=0.0) for name, calibration in CALIBRATIONS.items()}
+    exact = {name: replace(calibration, jitter=Jitter(0.0)) for name, calibration in CALIBRATIONS.items()}
     for run in runs:
-        alike, slowed = (validate.compare(run, calibrations)[1] for calibrations in (CALIBRATIONS, faster))
-        assert list(alike) == list(slowed) == sorted(run.models)
-        assert all(0.97 < speed < 1.03 for speed in alike.values())
-        assert all(slowed[model] < 0.97 * alike[model] for model in alike)
+        steady = replace(run, trials=validate.predicted_run(run, exact).trials)
+        assert validate.speeds(steady, CALIBRATIONS) == pytest.approx(dict.fromkeys(sorted(run.models), 1.0))
+        assert all(0.5 < speed < 0.95 for speed in validate.speeds(steady, unlike).values())
 
 
 def test_one_point_far_off_misses_the_target() -> None:
