@@ -173,7 +173,7 @@ node: setup ## make this machine a node of a Ray cluster: the first one, or one 
 
 .PHONY: pictures
 pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into docs/, by headless Chromium
-	@$(PY) tests/screenshots.py
+	@$(PY) tests/screenshots.py $(SAY)
 
 .PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
@@ -224,7 +224,7 @@ coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by bo
 
 .PHONY: torture
 torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left
-	@$(PY) tests/torture.py --kills $(or $(KILLS),200)
+	@$(PY) tests/torture.py --kills $(or $(KILLS),200) $(SAY)
 
 .PHONY: torture-nodes
 torture-nodes: $(VENV)/dev.stamp ## 20 random kills of whole nodes of a local Ray cluster, about 10 min: nothing lost or doubled

@@ -6,15 +6,17 @@ is missing (needs root then).
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.provenance import ROOT
+from experiments.spec import SpecError
+from experiments.terminal import arguments, command, console, parse, result, written
 
 REPORT, DOCS = ROOT / "artifacts" / "report", ROOT / "docs"
 FIGURES = ("fig9a-cpu", "fig9b-cpu")
@@ -63,21 +65,24 @@ def overflow(page: Path, width: int) -> list[str]:
     return [f"the page is {wide} pixels wide on a screen of {max(width, 500)}"] if wide > max(width, 500) else []
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 if the page asks for something, says something or is too wide; 2 without a report."""
+    parse(arguments("tests.screenshots", __doc__), argv)
     page = REPORT / "index.html"
     missing = [path for path in (page, *(REPORT / f"{name}.png" for name in FIGURES)) if not path.is_file()]
     if missing:
-        print(f"error: {missing[0]}: no such file; make fig9a fig9b verify report makes it", file=sys.stderr)
-        return 2
+        raise SpecError(f"{missing[0]}: no such file; make fig9a fig9b verify report makes it")
     for name in FIGURES:
         shutil.copyfile(REPORT / f"{name}.png", DOCS / f"{name}.png")
     found = []
     for name, size in SCREENS.items():
         found += screenshot(page, DOCS / f"{name}.png", size)
     found += overflow(page, SCREENS["report-phone"][0])
-    print("\n".join(found) or f"{', '.join(f'docs/{name}.png' for name in (*FIGURES, *SCREENS))}; no message, no request")
-    print(json.dumps({name: (DOCS / f"{name}.png").stat().st_size for name in (*FIGURES, *SCREENS)}))
+    pictures = [DOCS / f"{name}.png" for name in (*FIGURES, *SCREENS)]
+    console.print("\n".join(found) or "the report page writes nothing to the browser's console and asks for nothing")
+    console.print(written(*pictures))
+    result(files=pictures, problems=found)
     return 1 if found else 0
 
 

@@ -6,7 +6,6 @@ no finished trial lost or changed, no partial trial accepted, no process left, n
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -22,9 +21,9 @@ from pathlib import Path
 import psutil
 
 from analysis import integrity
-from experiments import terminal
 from experiments.provenance import ROOT, sha256
 from experiments.store import trial_is_whole
+from experiments.terminal import arguments, console, parse, result, took
 
 SPAN_S = 25.0  # a kill comes so long after the last one at most; a whole run takes about as long
 PATIENCE_S = 300.0  # a driver that is still there so long after the last kill hangs
@@ -125,11 +124,11 @@ def torture(kills: int, seed: int) -> Counter[str]:
             whom = life(home, out, order, kills - hit.total())
             hit += whom
             before = check(home, out, before)
-            sealed, took = bool(list(out.glob("*/bag-*"))), time.monotonic() - began
-            print(f"{hit.total()} kills; {took:.0f} s; now {dict(whom)}; {len(before) // 5} of {TRIALS} trials", flush=True)
+            sealed, seconds = bool(list(out.glob("*/bag-*"))), time.monotonic() - began
+            console.print(f"{hit.total()} kills; {seconds:.0f} s; now {dict(whom)}; {len(before) // 5} of {TRIALS} trials")
             if sealed:
                 before, runs = {}, runs + 1
-        print(f"{hit.total()} kills over {runs} runs, all sealed, in {terminal.took()}: {dict(hit.most_common())}")
+        console.print(f"{hit.total()} kills over {runs} runs, all sealed, in {took()}: {dict(hit.most_common())}")
     except TortureError:
         print((home / "log").read_text()[-3000:], file=sys.stderr)
         raise
@@ -143,12 +142,12 @@ def torture(kills: int, seed: int) -> Counter[str]:
 
 def main() -> int:
     """Exit status 0 if nothing that must not happen happened, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
+    parser = arguments("tests.torture", __doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    options = parse(parser, None)
     try:
-        torture(options.kills, options.seed)
+        result(kills=torture(options.kills, options.seed))
     except TortureError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
