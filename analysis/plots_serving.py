@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethod
 
 from analysis import plots
 from analysis.load import Run, TrialRecord, by_chunk_size, chunk_label, chunk_order, serving_trials
-from experiments.metrics import NAMES, of_phase, point_phase, tbt
+from experiments.metrics import NAMES, of_phase, point_phase, tbt, time_unit
 
 Floats = npt.NDArray[np.float64]
 KEYS = ["model", "in_paper", "qps", "chunk_size"]
@@ -74,14 +74,9 @@ def serving_figure(run: Run) -> Figure:
     return figure
 
 
-def _unit(seconds: Iterable[float]) -> tuple[float, str]:
-    """Milliseconds, or seconds from ten of them on: factor and name."""
-    return (1.0, "s") if max(seconds) >= 10 else (1e3, "ms")
-
-
 def _bars(axes: Axes, rows: pd.DataFrame, metric: str, hatched: bool) -> None:
     """A bar per chunk size, the value above it."""
-    factor, unit = _unit(rows[metric])
+    factor, unit = time_unit(rows[metric])
     tops = rows[f"{metric}_high"].fillna(rows[metric]) * factor
     for x, (row, top) in enumerate(zip(rows.to_dict("records"), tops, strict=True)):
         value = factor * row[metric]
@@ -113,7 +108,7 @@ def tradeoff_figure(run: Run) -> Figure:
 
 def _curves(axes: Axes, rows: pd.DataFrame) -> None:
     """The curves of one model, on logarithmic scales: loads and chunk sizes differ by factors."""
-    (of_x, x_unit), (of_y, y_unit) = _unit(rows["tbt_p99"]), _unit(rows["ttft_p50"])
+    (of_x, x_unit), (of_y, y_unit) = time_unit(rows["tbt_p99"]), time_unit(rows["ttft_p50"])
     style: dict[str, Any] = {"markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
     style |= {"ecolor": "black", "elinewidth": 0.8, "capsize": 1.8}
     # the lowest load lies lowest: its labels go to the other side

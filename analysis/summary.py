@@ -12,6 +12,7 @@ from rich.table import Table
 
 from analysis.load import Run, by_chunk_size, load_run, prefill_replicates, prefill_times, published_prefill, serving_trials
 from experiments import terminal
+from experiments.metrics import time_unit
 from experiments.terminal import arguments, command, console, parse, result
 
 
@@ -89,14 +90,14 @@ def serving_table(run: Run) -> pd.DataFrame:
 def show_serving(run: Run, table: pd.DataFrame) -> None:
     """Print the table of Figure 9b with its testbed, scale and trace; the CSV holds every metric."""
     for model, of_model in table.groupby("model", sort=False):
-        view = _begin(run, model, ("QPS", "run at", "chunk", "P50 TTFT ms", "P99 TBT ms", "delay ms", "busy"))
+        factor, unit = time_unit(of_model["ttft_p50"])
+        digits, fine = 0 if unit == "ms" else 2, int(of_model["tbt_p99"].max() < 0.1)
+        columns = ("QPS", "run at", "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
+        view = _begin(run, model, columns)
         for qps, rows in of_model.groupby("qps", sort=False):
             for row in rows.to_dict("records"):
-                times = (
-                    _range(row, "ttft_p50", 0, 1e3),
-                    _range(row, "tbt_p99", 0, 1e3),
-                    f"{1e3 * row['scheduling_delay_p50']:.0f}",
-                )
+                delay = f"{factor * row['scheduling_delay_p50']:.{digits}f}"
+                times = (_range(row, "ttft_p50", digits, factor), _range(row, "tbt_p99", fine, 1e3), delay)
                 view.add_row(f"{qps:g}", f"{row['rate']:.2f}", row["chunk_size"], *times, f"{row['utilisation']:.0%}")
             view.add_section()
         console.print(view, soft_wrap=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,11 @@ import pandas as pd
 from experiments.engine import Record
 
 NAMES = {"ttft_p50": "P50 TTFT", "tbt_p99": "P99 TBT"}  # the two metrics of Figure 9b, as people write them
+
+
+def time_unit(seconds: Iterable[float]) -> tuple[float, str]:
+    """How people are shown these times: in milliseconds, or in seconds if one is ten or more. Factor and name."""
+    return (1.0, "s") if max(seconds) >= 10 else (1e3, "ms")
 
 
 def prefill_seconds(record: Record) -> pd.Series:
