@@ -23,7 +23,7 @@ def capacity_figure(
     """A panel per model.
 
     curves: model, chunk_size (tokens), target (s), capacity (requests/s); by target. targets: model -> name -> P99 TBT (s),
-    drawn as vertical lines. marks: model, target, capacity, low, high, label: recommendations with their interval.
+    drawn as vertical lines. marks: model, target, capacity, low, high, label: the best of the simulation, with their interval.
     """
     models = list(dict.fromkeys(curves["model"]))
     size = (1.25 * PANEL_INCHES[0] * len(models) + 0.3, 1.3 * PANEL_INCHES[1] + 1.0)
@@ -34,7 +34,9 @@ def capacity_figure(
         _marks(axes, marks[marks["model"] == model])
         for name, target in targets.get(model, {}).items():
             axes.axvline(target, color="black", linewidth=0.6, linestyle=(0, (1, 2)))
-            axes.annotate(name, (target, 0.02), xycoords=("data", "axes fraction"), ha="right", va="bottom", rotation=90)
+            where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.annotate(name, (target, 0.02), ha="right", va="bottom", rotation=90, bbox=ground, zorder=4, **where)
         axes.set(title=f"SIMULATED: {model}", xlabel="P99 TBT target (s)", ylabel="capacity (requests/s)")
         axes.set(xscale="log", xlim=(rows["target"].min(), rows["target"].max()), ylim=(0, None))
         log_ticks(axes.xaxis)
@@ -59,5 +61,5 @@ def _marks(axes: Axes, rows: pd.DataFrame) -> None:
     for row in rows.to_dict("records"):
         x, interval = row["target"], (row["low"], row["high"])
         axes.plot([x, x], interval, color="black", linewidth=0.9, marker="_", markersize=4, zorder=5)
-        axes.plot([x], [row["capacity"]], "ko", markersize=3.5, zorder=5, label="recommended, 95 % interval")
+        axes.plot([x], [row["capacity"]], "ko", markersize=3.5, zorder=5, label="best in simulation, 95 % interval")
         axes.annotate(row["label"], (x, row["high"]), xytext=(5, -2), textcoords="offset points", fontsize=6.5, zorder=6)
