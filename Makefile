@@ -6,7 +6,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # -- variables -----------------------------------------------------------------------------------------------------
-TESTBED ?= auto##    auto (this machine's), or a name in experiments/testbeds
+TESTBED ?= auto##    auto (this machine's), or a name in experiments/spec/testbeds
 REPLICATES ?=##      sessions per model, each with its own seed; default: the testbed's
 TRACE ?=##           request lengths: a CSV, or a .json of vllm bench serve; default: what make trace fetched, else synthetic
 OUT ?= artifacts/runs##    where runs go
@@ -134,29 +134,29 @@ plan: $(if $(RAY_ADDRESS),setup,$(VENV)/core.stamp) ## sessions, trials, schedul
 .PHONY: smoke
 smoke: setup ## the smallest real run of the whole path, under 2 minutes
 	@$(RUN) smoke
-	@$(PY) -m analysis.summary smoke --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.show.summary smoke --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: fig9a
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table
 	@$(RUN) fig9a
-	@$(PY) -m analysis.summary fig9a --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.show.summary fig9a --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: fig9b
 fig9b: setup ## Figure 9b, latency against throughput: run or resume, seal, print the table
 	@$(RUN) fig9b
-	@$(PY) -m analysis.summary fig9b --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.show.summary fig9b --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: trace
 trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; without it a synthetic one is used
-	@$(PY) -m experiments.workload $(SAY)
+	@$(PY) -m experiments.spec.workload $(SAY)
 
 .PHONY: verify
 verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line
-	@$(PY) -m analysis.verify $(if $(BAG),--bag "$(BAG)",--runs $(OUT)) $(if $(ALL),--all) $(SAY)
+	@$(PY) -m analysis.judge.verify $(if $(BAG),--bag "$(BAG)",--runs $(OUT)) $(if $(ALL),--all) $(SAY)
 
 .PHONY: package
 package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference with a manifest; make verify BAG=it checks it
-	@$(PY) -m analysis.archive --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.judge.archive --runs $(OUT) $(SAY)
 
 .PHONY: verify-study
 verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
@@ -164,12 +164,12 @@ verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments w
 
 .PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
-	@$(PY) -m analysis.report --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.show.report --runs $(OUT) $(SAY)
 
 .PHONY: node
 node: NETWORK := host
 node: setup ## make this machine a node of a Ray cluster: the first one, or one of that at RAY_ADDRESS; docs/cluster.md
-	@$(PY) -m experiments.local_ray $(SAY)
+	@$(PY) -m experiments.cluster.local_ray $(SAY)
 
 .PHONY: pictures
 pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into docs/, by headless Chromium
@@ -177,24 +177,24 @@ pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into 
 
 .PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
-	@$(PY) -m analysis.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))" $(SAY)
+	@$(PY) -m analysis.show.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))" $(SAY)
 
 .PHONY: calibrate
 calibrate: setup ## fit the simulator to this machine's engine, under a minute per model, with a held-out error
-	@$(PY) -m experiments.calibrate_here --testbed $(TESTBED) --out $(OUT) $(SAY)
+	@$(PY) -m experiments.calibrate.here --testbed $(TESTBED) --out $(OUT) $(SAY)
 
 .PHONY: validate
 validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
-	@$(PY) -m analysis.validate --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.advise.validate --testbed $(TESTBED) --runs $(OUT) $(SAY)
 
 .PHONY: recommend
 recommend: setup ## the chunk size for MODEL and targets TBT_P99, TTFT_P50 (s), or a load QPS; confirmed on this machine's engine
-	@$(PY) -m analysis.recommend --testbed $(TESTBED) --runs $(OUT) --model '$(MODEL)' --tbt '$(TBT_P99)' --ttft '$(TTFT_P50)' \
+	@$(PY) -m analysis.advise.recommend --testbed $(TESTBED) --runs $(OUT) --model '$(MODEL)' --tbt '$(TBT_P99)' --ttft '$(TTFT_P50)' \
 		--qps '$(QPS)' $(if $(TRACE),--trace $(TRACE)) $(SAY)
 
 .PHONY: capacity
 capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices
-	@$(PY) -m analysis.paper_capacity $(if $(TRACE),--trace $(TRACE)) $(SAY)
+	@$(PY) -m analysis.advise.paper_capacity $(if $(TRACE),--trace $(TRACE)) $(SAY)
 
 .PHONY: check-advice
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
@@ -215,7 +215,7 @@ test: $(VENV)/dev.stamp ## all tests but those of clusters and images, the real 
 
 .PHONY: test-cluster
 test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 3 min
-	@$(PY) -m pytest tests/test_cluster.py $(PYTEST)
+	@$(PY) -m pytest tests/cluster/test_cluster.py $(PYTEST)
 
 .PHONY: coverage
 coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by both, about 10 min; an error below 90 %
@@ -228,11 +228,11 @@ torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 mi
 
 .PHONY: torture-nodes
 torture-nodes: $(VENV)/dev.stamp ## 20 random kills of whole nodes of a local Ray cluster, about 10 min: nothing lost or doubled
-	@NODE_KILLS=20 $(PY) -m pytest tests/test_cluster.py -k killed
+	@NODE_KILLS=20 $(PY) -m pytest tests/cluster/test_cluster.py -k killed
 
 .PHONY: flips
 flips: $(VENV)/dev.stamp ## 1,000 random bit flips over whole bags: all found
-	@FLIPS=1000 $(PY) -m pytest tests/test_integrity.py -k flip
+	@FLIPS=1000 $(PY) -m pytest tests/judge/test_integrity.py -k flip
 
 .PHONY: test-image
 test-image: $(VENV)/dev.stamp ## the image, built and run on a stand-in base; installs docker by apt; needs root, about 9 min

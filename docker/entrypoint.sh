@@ -21,7 +21,7 @@ if [[ -z ${RAY_ADDRESS:-} ]] && measures "$@"; then
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     log=$(mktemp)
     if ! ray start --head --node-ip-address=127.0.0.1 --port="$port" --include-dashboard=false --disable-usage-stats \
-        --object-store-memory=268435456 --resources="$(python -m experiments.gpus)" >"$log" 2>&1; then
+        --object-store-memory=268435456 --resources="$(python -m experiments.machine.gpus)" >"$log" 2>&1; then
         echo "error: Ray did not start in the container: $(grep -v '^ *$' "$log" | tail -n 1)" >&2
         exit 1
     fi

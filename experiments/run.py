@@ -14,14 +14,14 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments import doctor
-from experiments.placement import Node, makespan
-from experiments.plan import Plan, local_node
-from experiments.provenance import sbom
-from experiments.session import TrialResult, run_session
-from experiments.simulator import simulated_engine
-from experiments.store import to_json
-from experiments.terminal import arguments, command, console, parse, result, written
+from experiments.cluster.placement import Node, makespan
+from experiments.cluster.plan import Plan, local_node
+from experiments.engine.session import TrialResult, run_session
+from experiments.machine import doctor
+from experiments.records.provenance import sbom
+from experiments.records.store import to_json
+from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.simulator.simulator import simulated_engine
 
 
 class Ticker(Progress):
@@ -84,7 +84,7 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
                 for found in run_session(session, owed[session.name], engine, plan.trace):
                     ticker.store(found)
         return {}
-    from experiments.cluster import Fleet, ray_cluster, run_sessions
+    from experiments.cluster.cluster import Fleet, ray_cluster, run_sessions
 
     with ray_cluster() as ray:
         fleet = Fleet(ray)
@@ -104,7 +104,7 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
 
 
 def _seal(plan: Plan) -> Path:
-    from experiments.crate import describe_run
+    from experiments.records.crate import describe_run
 
     files = sorted(plan.run.open.glob("trials/*/*/*"))
     facts = [json.loads(path.read_text()) for path in files if path.name == "trial.json"]
@@ -135,7 +135,7 @@ def _nodes(plan: Plan) -> list[Node]:
     """The cluster at hand: that of RAY_ADDRESS, else this machine."""
     if plan.testbed.platform == "simulated" or not os.environ.get("RAY_ADDRESS"):
         return [local_node()]
-    from experiments.cluster import Fleet, ray_cluster
+    from experiments.cluster.cluster import Fleet, ray_cluster
 
     with ray_cluster() as ray:
         return Fleet(ray).nodes

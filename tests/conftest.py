@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.expand import Session, expand
-from experiments.provenance import ROOT
+from experiments.records.provenance import ROOT
+from experiments.records.terminal import arguments, parse
 from experiments.run import main
-from experiments.spec import load_figure, load_testbed
-from experiments.terminal import arguments, parse
+from experiments.spec.expand import Session, expand
+from experiments.spec.spec import load_figure, load_testbed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from fakes import FakeEngine
 
-from experiments import vllm_engine, worker
-from experiments.engine import Phase, Record
+from experiments.engine import vllm_engine, worker
+from experiments.records.record import Phase, Record
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -9,14 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.load import Run, TrialRecord
-from experiments.engine import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Recorder, frame
-from experiments.expand import Session, expand
-from experiments.scheduler import Scheduler
-from experiments.scheduler import Sequence as Running
-from experiments.session import run_session
-from experiments.spec import EngineSettings, load_figure, load_testbed
-from experiments.workload import synthetic_trace
+from analysis.judge.load import Run, TrialRecord
+from experiments.engine.session import run_session
+from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Recorder, frame
+from experiments.simulator.scheduler import Scheduler
+from experiments.simulator.scheduler import Sequence as Running
+from experiments.spec.expand import Session, expand
+from experiments.spec.spec import EngineSettings, load_figure, load_testbed
+from experiments.spec.workload import synthetic_trace
 
 Factor = Callable[[int, int], float]  # (prompt tokens, chunk size in tokens) -> relative cost
 StepCost = Callable[[int, int, int], float]  # (prefill tokens, decode tokens, chunk size), all in tokens -> seconds

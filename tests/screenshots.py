@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.provenance import ROOT
-from experiments.spec import SpecError
-from experiments.terminal import arguments, command, console, parse, result, written
+from experiments.records.errors import SpecError
+from experiments.records.provenance import ROOT
+from experiments.records.terminal import arguments, command, console, parse, result, written
 
 REPORT, DOCS = ROOT / "artifacts" / "report", ROOT / "docs"
 FIGURES = ("fig9a-cpu", "fig9b-cpu")

@@ -15,8 +15,8 @@ pytest.importorskip("vllm")
 
 from torture import left_after
 
-from experiments.provenance import ROOT
-from experiments.store import read_trial
+from experiments.records.provenance import ROOT
+from experiments.records.store import read_trial
 
 pytestmark = pytest.mark.engine
 AGENTS_S = 60.0  # Ray's agents take half a minute to notice that their node is gone

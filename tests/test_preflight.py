@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.provenance import ROOT
+from experiments.records.provenance import ROOT
 
 TOOLS = ("bash", "sh", "cat", "df", "dirname", "env", "git", "grep", "head", "id", "mkdir", "realpath", "tail", "tr")
 INFO = 'case "$*" in *DockerRootDir*) echo / ;; esac'

@@ -12,10 +12,10 @@ from pathlib import Path
 import bagit
 import pytest
 
-from experiments.provenance import ROOT
+from experiments.records.provenance import ROOT
+from experiments.records.store import Run, read_trial
 from experiments.run import main
-from experiments.spec import load_testbed
-from experiments.store import Run, read_trial
+from experiments.spec.spec import load_testbed
 
 SIM = ("--testbed", "a100-sim")
 
@@ -80,11 +80,16 @@ def test_json_is_one_line_and_quiet_none(arguments: list[str], tmp_path: Path, c
     assert capsys.readouterr().out == ""
 
 
-NODE = "import os; os.execv = lambda *_: None; from experiments import local_ray; local_ray.main({!r})"
+NODE = "import os; os.execv = lambda *_: None; from experiments.cluster import local_ray; local_ray.main({!r})"
 
 
 @pytest.mark.parametrize(
-    "command", ["from experiments import doctor; doctor.main({!r})", "from experiments import gpus; gpus.main({!r})", NODE]
+    "command",
+    [
+        "from experiments.machine import doctor; doctor.main({!r})",
+        "from experiments.machine import gpus; gpus.main({!r})",
+        NODE,
+    ],
 )
 def test_json_and_quiet_of_the_commands_for_a_machine(command: str) -> None:
     for option, lines in (("--json", 1), ("--quiet", 0)):
@@ -179,7 +184,7 @@ def test_every_simulated_testbed_names_its_calibrations() -> None:
 
 def test_a_simulated_step_beyond_the_calibration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = tmp_path / "longer.yaml"
-    text = (ROOT / "experiments" / "figures" / "smoke.yaml").read_text().replace("4096", "32768")
+    text = (ROOT / "experiments" / "spec" / "figures" / "smoke.yaml").read_text().replace("4096", "32768")
     figure.write_text(text.replace("figure: smoke", "figure: longer"))
     assert main([str(figure), *SIM, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

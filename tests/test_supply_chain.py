@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.provenance import ROOT
+from experiments.records.provenance import ROOT
 
-SOURCES = sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("analysis/*.py"), *ROOT.glob("tests/*.py")])
+SOURCES = sorted(path for folder in ("experiments", "analysis", "tests") for path in (ROOT / folder).rglob("*.py"))
 UNSAFE = {
     "yaml.full_load",
     "yaml.unsafe_load",
@@ -42,7 +42,7 @@ def test_nothing_unsafe_is_loaded(path: Path) -> None:
 def test_our_loader_is_the_safe_one() -> None:
     import yaml
 
-    from experiments.spec import _UniqueKeys
+    from experiments.spec.spec import _UniqueKeys
 
     assert issubclass(_UniqueKeys, yaml.SafeLoader)
     with pytest.raises(yaml.YAMLError):
@@ -57,11 +57,11 @@ def test_no_network_is_needed_to_simulate_verify_report_and_pack(tmp_path: Path)
     out, report = str(tmp_path / "runs"), str(tmp_path / "report")
     for module, *arguments in (
         ("experiments.run", "fig9a", "--testbed", "a100-sim", "--replicates", "2", "--out", out),
-        ("analysis.verify", "--runs", out, "--report", report),
-        ("analysis.report", "--runs", out, "--report", report),
-        ("analysis.archive", "--runs", out, "--report", report, "--target", str(tmp_path / "package.zip")),
+        ("analysis.judge.verify", "--runs", out, "--report", report),
+        ("analysis.show.report", "--runs", out, "--report", report),
+        ("analysis.judge.archive", "--runs", out, "--report", report, "--target", str(tmp_path / "package.zip")),
     ):
         command = [*apart, sys.executable, "-m", module, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode in ((0, 1, 2) if module == "analysis.verify" else (0,)), done.stderr
+        assert done.returncode in ((0, 1, 2) if module == "analysis.judge.verify" else (0,)), done.stderr
         assert done.stderr == ""

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from analysis import integrity
-from experiments.provenance import ROOT, sha256
-from experiments.store import trial_is_whole
-from experiments.terminal import arguments, console, parse, result, took
+from analysis.judge import integrity
+from experiments.records.provenance import ROOT, sha256
+from experiments.records.store import trial_is_whole
+from experiments.records.terminal import arguments, console, parse, result, took
 
 SPAN_S = 25.0  # a kill comes so long after the last one at most; a whole run takes about as long
 PATIENCE_S = 300.0  # a driver that is still there so long after the last kill hangs

@@ -16,14 +16,15 @@ from typing import Any, cast
 import bench_driver
 import bench_serve
 
-from experiments.engine import Phase, Record, Request
-from experiments.engine_process import engines
-from experiments.expand import expand
-from experiments.metrics import prefill_seconds
-from experiments.spec import EngineSettings, SpecError, load_figure, load_testbed
-from experiments.terminal import arguments, command, console, parse, result
-from experiments.vllm_engine import EngineError
-from experiments.workload import prompt_ids
+from experiments.engine.engine_process import engines
+from experiments.engine.vllm_engine import EngineError
+from experiments.records.errors import SpecError
+from experiments.records.metrics import prefill_seconds
+from experiments.records.record import Phase, Record, Request
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.spec.expand import expand
+from experiments.spec.spec import EngineSettings, load_figure, load_testbed
+from experiments.spec.workload import prompt_ids
 
 ROUNDS = 40
 LOOP_TARGET = 1.01  # engine time in our loop / in a bare loop over the same engine

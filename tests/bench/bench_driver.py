@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 
-from experiments.cluster import ray_cluster, run_sessions
-from experiments.expand import LoadPoint, Session, Trial, expand
-from experiments.session import TrialResult, run_trials
-from experiments.simulator import simulated_engine
-from experiments.spec import load_figure, load_testbed
-from experiments.store import Run
-from experiments.workload import Trace, synthetic_trace
+from experiments.cluster.cluster import ray_cluster, run_sessions
+from experiments.engine.session import TrialResult, run_trials
+from experiments.records.store import Run
+from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import LoadPoint, Session, Trial, expand
+from experiments.spec.spec import load_figure, load_testbed
+from experiments.spec.workload import Trace, synthetic_trace
 
 TRIALS, REQUESTS = 2000, 16
 SETTLED = TRIALS // 4  # memory is compared from this trial on: pandas and pyarrow are loaded by then
@@ -24,7 +24,7 @@ TARGET_MS, TARGET_MB = 50.0, 20.0
 
 
 def short_trials(session: Session, owed: Sequence[str], trace: Trace | None) -> Iterator[TrialResult | None]:
-    """In place of experiments.worker.work: the same on the simulator."""
+    """In place of experiments.engine.worker.work: the same on the simulator."""
     engine = simulated_engine(session.engine, session.seed)
     yield None
     yield from run_trials(session, owed, engine, trace)

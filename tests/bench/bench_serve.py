@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine import Phase, Record, Request
-from experiments.metrics import request_metrics, tbt
-from experiments.spec import EngineSettings, load_model
-from experiments.vllm_engine import EngineError, engine_arguments, environment
-from experiments.workload import FIRST_ID
+from experiments.engine.vllm_engine import EngineError, engine_arguments, environment
+from experiments.records.metrics import request_metrics, tbt
+from experiments.records.record import Phase, Record, Request
+from experiments.spec.spec import EngineSettings, load_model
+from experiments.spec.workload import FIRST_ID
 
 HOST = "127.0.0.1"
 CHUNK_SIZE, BATCH = 128, 16  # tokens, requests

@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.expand import LoadPoint, Trial, expand
-from experiments.session import phases_of
-from experiments.simulator import simulated_engine
-from experiments.spec import load_figure, load_testbed
-from experiments.terminal import arguments, command, console, parse, result
-from experiments.workload import Trace, choose_trace
+from experiments.engine.session import phases_of
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import LoadPoint, Trial, expand
+from experiments.spec.spec import load_figure, load_testbed
+from experiments.spec.workload import Trace, choose_trace
 
 FIGURE_TARGET = (2.0, 300)  # seconds on one core, MB
 LONG_REQUESTS, LONG_TARGET_S = 100_000, 60.0

@@ -17,15 +17,16 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from analysis.advice import Advice, Case, advise
-from analysis.capacity import DELAY_LIMIT_S, Latency, Search, Setting, latency
-from analysis.recommend import case_of, confirm, settled, show_confirmed
-from experiments.calibrate_here import calibrate, settings_of
-from experiments.doctor import choose_testbed
-from experiments.spec import SpecError, Testbed
-from experiments.terminal import arguments, command, console, parse, result, took
-from experiments.trials import Load, load_sessions, serve_loads
-from experiments.workload import choose_trace, describe_trace
+from analysis.advise.advice import Advice, Case, advise
+from analysis.advise.capacity import DELAY_LIMIT_S, Latency, Search, Setting, latency
+from analysis.advise.recommend import case_of, confirm, settled, show_confirmed
+from experiments.calibrate.here import calibrate, settings_of
+from experiments.cluster.trials import Load, load_sessions, serve_loads
+from experiments.machine.doctor import choose_testbed
+from experiments.records.errors import SpecError
+from experiments.records.terminal import arguments, command, console, parse, result, took
+from experiments.spec.spec import Testbed
+from experiments.spec.workload import choose_trace, describe_trace
 
 RATES = [1.19**n for n in range(-4, 3)]  # times the highest simulated capacity without a TBT target
 SIZES = 8  # chunk sizes: those of the sweep, and between them from the smallest on

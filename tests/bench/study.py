@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.claims import Claim, load_claims, published_ratio, rule
-from analysis.stats import LEVELS, MOST_REPLICATES, Array, Sample, replicates_needed
-from experiments.provenance import ROOT
-from experiments.terminal import arguments, command, console, parse, result, written
+from analysis.judge.claims import Claim, load_claims, published_ratio, rule
+from analysis.judge.stats import LEVELS, MOST_REPLICATES, Array, Sample, replicates_needed
+from experiments.records.provenance import ROOT
+from experiments.records.terminal import arguments, command, console, parse, result, written
 
 DOCS = ROOT / "docs" / "verdicts.md"
 BEGIN, END = "<!-- make verify-study writes what follows -->\n", "<!-- make verify-study wrote what precedes -->\n"

@@ -17,8 +17,8 @@ import bagit
 import pytest
 from rig import Rig, bootstrap, install, pip_configuration, push_stand_ins, registry, wait_for, write_hook
 
-from experiments.provenance import ROOT
-from experiments.store import read_trial
+from experiments.records.provenance import ROOT
+from experiments.records.store import read_trial
 
 pytestmark = pytest.mark.timeout(600)
 UID = 4321  # in nobody's /etc/passwd
@@ -253,14 +253,14 @@ def test_an_interrupted_fig9a_keeps_its_trials_and_leaves_nothing_running(engine
 
 
 def test_a_changed_python_file_rebuilds_in_seconds(engine: Rig, checkout: Path, cpu_image: str) -> None:
-    with (checkout / "experiments" / "metrics.py").open("a") as file:
+    with (checkout / "experiments" / "records" / "metrics.py").open("a") as file:
         file.write("# changed\n")
     began = time.monotonic()
     make(engine, checkout, "image")
     assert time.monotonic() - began <= 15
     assert (
         "# changed"
-        in engine("run", "--rm", "--network=none", cpu_image, "tail", "-n1", "/artifact/experiments/metrics.py").stdout
+        in engine("run", "--rm", "--network=none", cpu_image, "tail", "-n1", "/artifact/experiments/records/metrics.py").stdout
     )
 
 

@@ -1,0 +1,153 @@
+"""The highest load that keeps latency targets: bisection over the rate of requests, for any way of serving a load.
+
+Capacity as in the paper (Sarathi-Serve, OSDI 2024, section 5.1): the highest rate at which P99 TBT is within its target and
+the median scheduling delay at most 2 s. All settings see the same requests, arriving at the same moments but for a factor
+(common random numbers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+
+from experiments.records.metrics import NAMES, serving_metrics
+from experiments.records.record import Record
+
+GRID = 10  # rates looked at per factor of two; between two of them capacity is interpolated
+LOWEST = -10 * GRID  # a request every 17 minutes: one at a time
+HIGHEST = 10 * GRID
+DELAY_LIMIT_S = 2.0
+WORDS = {**NAMES, "delay_p50": "median scheduling delay", "nothing": "nothing"}  # what may bound a capacity
+CURVE_STEPS = (GRID // 2, 5 * GRID // 2)  # below the highest rate
+JUMP, FINEST = 1.7, 3  # where P99 TBT rises by more, a curve is looked at more closely, down to these steps
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What is to be chosen: the chunk size (tokens per step) and the most requests in a step, as the engine takes them."""
+
+    budget: int
+    max_batch: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What requests saw under a load, seconds; as limits, the most they may see, infinity where there is none."""
+
+    tbt_p99: float = math.inf
+    ttft_p50: float = math.inf
+    delay_p50: float = DELAY_LIMIT_S
+
+    def within(self, limits: Latency) -> tuple[float, str]:
+        """The worst log ratio to its limit, at most 0 if all are kept, and which latency that is."""
+        ratios = {name: getattr(self, name) / limit for name, limit in vars(limits).items() if limit < math.inf}
+        name = max(ratios, key=ratios.__getitem__)
+        return math.log(max(ratios[name], 1e-9)), name
+
+    def times(self, factor: float) -> Latency:
+        """All of them longer by a factor."""
+        return Latency(*(factor * value for value in vars(self).values()))
+
+
+def latency(record: Record) -> Latency:
+    """P99 TBT, P50 TTFT and median scheduling delay of a record, as in records.metrics; infinite if it is truncated."""
+    if record.truncated or not len(record.tokens):
+        return Latency(math.inf, math.inf, math.inf)
+    seen = serving_metrics(record)
+    gap = seen["tbt_p99"]  # NaN where no request gave a second token
+    return Latency(0.0 if math.isnan(gap) else gap, seen["ttft_p50"], seen["scheduling_delay_p50"])
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The highest rate (requests/s) that keeps the limits, 0 if none does, and which latency forbids more."""
+
+    rate: float
+    bound_by: str
+
+
+@dataclass
+class Search:
+    """Looks for capacities and remembers every load served: they tell of all targets.
+
+    `serve`: setting, rate in requests/s, seed -> latency.
+    """
+
+    serve: Callable[[Setting, float, int], Latency]
+    seen: dict[tuple[Setting, int], dict[float, Latency]] = field(default_factory=dict)  # (setting, seed) -> step -> latency
+
+    def rate(self, step: float) -> float:
+        """Requests per second at a step of the grid."""
+        return float(2.0 ** (step / GRID))
+
+    def at(self, setting: Setting, step: float, seed: int) -> Latency:
+        """The latency at a step of the grid, or between, served once."""
+        seen = self.seen.setdefault((setting, seed), {})
+        if step not in seen:
+            seen[step] = self.serve(setting, self.rate(step), seed)
+        return seen[step]
+
+    def keeps(self, setting: Setting, rate: float, limits: Latency, seed: int) -> bool:
+        """Whether the limits are kept at this very rate; 0: one request at a time. What is kept at more is kept at less."""
+        step = GRID * math.log2(rate) if rate else LOWEST
+        known = {at: seen.within(limits)[0] <= 0 for at, seen in self.seen.get((setting, seed), {}).items()}
+        if not all(kept for at, kept in known.items() if at <= step):
+            return False
+        return any(kept for at, kept in known.items() if at >= step) or self.at(setting, step, seed).within(limits)[0] <= 0
+
+    def capacity(self, setting: Setting, limits: Latency, seed: int, near: float = 1.0) -> Capacity:
+        """Gallops from the rate `near` to a bracket, halves it to neighbours of the grid, interpolates the log ratio there.
+
+        Latencies grow with the rate but for noise; of several crossings the lowest that is seen counts.
+        """
+
+        def excess(step: float) -> float:
+            return self.at(setting, step, seed).within(limits)[0]
+
+        seen = self.seen.setdefault((setting, seed), {})
+        high = min((step for step in seen if excess(step) > 0), default=float(HIGHEST))
+        low = max((step for step in seen if step < high and excess(step) <= 0), default=float(LOWEST - 1))
+        step, stride = float(round(GRID * math.log2(near))), 1
+        while high - low > 1:
+            step = min(max(step, low + 1), high - 1) if high - low >= 2 else (low + high) / 2
+            if excess(step) > 0:
+                high, step = step, step - stride
+            else:
+                low, step = step, step + stride
+            stride *= 2
+            if stride > high - low:  # galloped past what is known: halve
+                step = (low + high) // 2
+        if low < LOWEST:
+            return Capacity(0.0, self.at(setting, LOWEST, seed).within(limits)[1])
+        if high == HIGHEST:
+            return Capacity(self.rate(low), "nothing")
+        below, (above, bound_by) = excess(low), self.at(setting, high, seed).within(limits)
+        share = 0.0 if math.isinf(above) else -below / (above - below)
+        return Capacity(self.rate(low + share), bound_by)
+
+
+def curve(search: Search, setting: Setting, limits: Latency, seed: int, targets: Sequence[float], near: float) -> list[float]:
+    """Capacity (requests/s) at each P99 TBT target (s), the other limits as given; NaN below the lowest load looked at.
+
+    Up to what the other limits allow, rates half an octave apart and, where P99 TBT jumps, in between; interpolated.
+    """
+    top = search.capacity(setting, replace(limits, tbt_p99=math.inf), seed, near)
+    if not top.rate:
+        return [math.nan] * len(targets)
+    last = math.floor(GRID * math.log2(top.rate))
+    for distance in (0, *CURVE_STEPS):
+        search.at(setting, last - distance, seed)
+
+    def points() -> list[tuple[float, float]]:
+        return [(step, seen.tbt_p99) for step, seen in sorted(search.seen[setting, seed].items()) if LOWEST < step <= last + 1]
+
+    while jumps := [(a + b) // 2 for (a, p), (b, q) in pairwise(points()) if b - a > FINEST and q > JUMP * p]:
+        search.at(setting, jumps[-1], seed)
+    steps, p99 = (np.array(column, dtype=np.float64) for column in zip(*points(), strict=True))
+    rates = np.minimum(2.0 ** (steps / GRID), top.rate)
+    known = np.log(np.maximum.accumulate(p99))
+    return list(map(float, np.exp(np.interp(np.log(targets), known, np.log(rates), left=math.nan))))

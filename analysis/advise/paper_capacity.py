@@ -1,0 +1,100 @@
+"""`make capacity`: capacity against the P99 TBT target on the paper's machines, simulated; the paper's choices beside ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from pydantic.dataclasses import dataclass as spec_dataclass
+
+from analysis.advise.advice import TIE, Advice, Case, Option, advise, option
+from analysis.advise.capacity import WORDS, Latency, Setting
+from analysis.advise.recommend import case_of, curves, facts, marks, show
+from analysis.judge.load import REFERENCE
+from analysis.show.plots import save
+from analysis.show.plots_capacity import capacity_figure
+from experiments.records.errors import SpecError
+from experiments.records.store import to_json
+from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.simulator.cost_model import CostModel
+from experiments.spec.spec import STRICT, load_testbed, read_spec
+from experiments.spec.workload import choose_trace, describe_trace
+
+
+@spec_dataclass(frozen=True, config=STRICT)
+class PaperTargets:
+    """artifacts/reference/capacity.yaml: targets in seconds, chunk sizes in tokens, by the paper's names for its targets."""
+
+    source: str
+    delay_p50: float
+    chunk_sizes: dict[str, int]
+    tbt_p99: dict[str, dict[str, float]]
+
+
+def microseconds(case: Case, size: int) -> float:
+    """A token's share of a step that holds nothing but the first chunk of a prompt."""
+    return 1e6 * CostModel(case.calibration).step(size, 0, 1, size * (size + 1) // 2, 0) / size
+
+
+def explain(case: Case, advice: Advice, paper: Option) -> str:
+    """How the paper's choice compares with our advice, and why, from what bounds each."""
+    best = advice.best
+
+    def carries(other: Option) -> str:
+        bound = f"bound by {WORDS[other.bound_by]}, P99 TBT {1e3 * other.latency.tbt_p99:.0f} ms there"
+        return f"{other.setting.budget} carries {other.rate:.3g} requests/s ({other.rate / best.rate - 1:+.1%}), {bound}"
+
+    ours, theirs = best.setting.budget, paper.setting.budget
+    if ours == theirs:
+        return f"the paper's choice too; beside it {'; '.join(map(carries, advice.neighbours))}"
+    if paper.bound_by == "tbt_p99":
+        why = "its steps are too long for the target in this simulation"
+    elif best.rate > paper.rate * (1 + TIE):
+        costs = f"a full chunk of {theirs} takes {microseconds(case, theirs):.1f} us a token"
+        why = "P99 TBT binds neither, so throughput decides; in this calibration "
+        why += f"{costs}, one of {ours} {microseconds(case, ours):.1f}"
+    else:
+        why = f"the same within {TIE:.0%}, where the smaller chunk size is taken as its TBT is lower"
+    return f"the paper chose otherwise: {carries(paper)}: {why}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """All models of the paper's table that the testbed has. Exit status 0, or 2 for bad input."""
+    parser = arguments("analysis.advise.paper_capacity", __doc__, "testbed", "trace", "report")
+    parser.set_defaults(testbed="a100-sim")
+    options = parse(parser, argv)
+    testbed, paper = load_testbed(options.testbed), read_spec(REFERENCE / "capacity.yaml", PaperTargets)
+    if testbed.scale > 1 or testbed.platform != "simulated":
+        raise SpecError(f"TESTBED: got {testbed.testbed}; allowed: a simulated one at the paper's scale, such as a100-sim")
+    trace = choose_trace(options.trace)
+    console.print(describe_trace(trace))
+    tables, points, answers = [], [], []
+    for model, targets in paper.tbt_p99.items():
+        case = case_of(testbed, model, trace)
+        search, only_delay = case.search(), Latency(delay_p50=paper.delay_p50)
+        tables.append(curves(case, search, case.settings_to_try(), only_delay, [*targets.values()]))
+        for name, target in targets.items():
+            limits = Latency(target, delay_p50=paper.delay_p50)
+            advice = advise(case, search, limits)
+            chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
+            words = explain(case, advice, option(search, chosen, limits, case.seeds[0], advice.best.rate))
+            show(case, advice)
+            console.print(f"{name} target of the paper: {words}")
+            points.append(marks(case, advice))
+            answers.append({"target": name, "paper": words, **facts(case, advice)})
+    table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{testbed.testbed}"
+    title = f"SIMULATED: capacity on {testbed.title}, median scheduling delay at most {paper.delay_p50:g} s; trace {trace.name}"
+    drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), path)
+    files = [Path(f"{path}.csv"), Path(f"{path}.json"), *drawn]
+    table.to_csv(files[0], index=False)
+    files[1].write_text(to_json({"format": 1, "source": paper.source, "answers": answers}))
+    console.print(written(*files))
+    result(answers=answers, files=files)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Claims and their verdicts: statistic -> sample over replicates -> rule -> PASS, FAIL or INCONCLUSIVE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from analysis.judge.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill, serving_trials
+from analysis.judge.stats import LEVELS, Array, Sample, holm, replicates_needed
+from experiments.spec.spec import STRICT, read_spec
+
+Chunk = int | Literal["unchunked"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Statistic:
+    """Which ratio a claim is about; see claims.yaml."""
+
+    name: Literal["prefill_overhead", "prefill_monotone", "tbt_p99", "ttft_p50"]
+    chunk_size: Chunk | None = None
+    against: Chunk | None = None
+    over: Literal["worst", "geomean"] = "geomean"
+    qps: float | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Claim:
+    """A statement of the paper, its source and the rule that decides it."""
+
+    id: str
+    figure: str
+    model: str
+    statement: str
+    source: str
+    rule: Literal["ordering", "bound", "equivalence"]
+    statistic: Statistic
+    reason: str
+    scope: Annotated[tuple[str, ...], Field(min_length=1)]
+    bound: Annotated[float, Field(gt=0)] = 1.0
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+@dataclass(frozen=True, config=STRICT)
+class _ClaimsFile:
+    claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
+
+
+def load_claims() -> tuple[Claim, ...]:
+    """The claims of artifacts/reference/claims.yaml. Raises SpecError."""
+    return read_spec(REFERENCE / "claims.yaml", _ClaimsFile).claims
+
+
+def _prefill_ratio(times: pd.DataFrame, statistic: Statistic) -> float:
+    """times: prompt_length x chunk_size -> seconds, of one replicate. The aggregated ratio; NaN if a point is missing."""
+
+    def compared(size: object, against: object) -> pd.Series:
+        longest = max(float(str(c)) for c in (size, against) if c != "unchunked")
+        chunked = times[times.index > longest]
+        return chunked[str(size)] / chunked[str(against)]
+
+    if statistic.name == "prefill_monotone":
+        sizes = sorted((name for name in times.columns if name != "unchunked"), key=float)
+        return min(math.inf, *(float(compared(*pair).min()) for pair in pairwise(sizes)))
+    found = compared(statistic.chunk_size, statistic.against)
+    return float(found.max(skipna=False) if statistic.over == "worst" else np.exp(np.log(found).mean(skipna=False)))
+
+
+def ratios(run: Run, claim: Claim) -> dict[int, float]:
+    """seed -> the claim's ratio, one per replicate; empty if the run does not hold the claim's model or points."""
+    statistic = claim.statistic
+    if run.kind == "serving":
+        trials = serving_trials(run)
+        trials = trials[(trials["model"] == claim.model) & (trials["qps"] == statistic.qps) & ~trials["repeat"]]
+        values = trials.pivot_table(index="seed", columns="chunk_size", values=statistic.name)
+        compared = values[str(statistic.chunk_size)] / values[str(statistic.against)]
+        return {int(str(seed)): float(ratio) for seed, ratio in compared.items()}
+    times = prefill_replicates(prefill_times(run))
+    times = times[times["model"] == claim.model]
+    tables = times.pivot_table(index=["seed", "prompt_length"], columns="chunk_size", values="seconds")
+    return {int(str(seed)): _prefill_ratio(table.droplevel(0), statistic) for seed, table in tables.groupby(level="seed")}
+
+
+@cache
+def published_ratio(claim: Claim) -> float | None:
+    """The claim's ratio in the published data; None where nothing is published."""
+    if claim.figure != "fig9a" or claim.model != "yi-34b-200k":
+        return None
+    table = published_prefill().pivot_table(index="prompt_length", columns="chunk_size", values="prefill_ms")
+    return _prefill_ratio(table, claim.statistic)
+
+
+def published_verdict(claim: Claim) -> dict[str, Any]:
+    """The published run put through the claim: one run without variance, so 'agrees' or 'contradicts', never PASS."""
+    ratio = published_ratio(claim)
+    if ratio is None:
+        return {"verdict": "not published", "value": None, "detail": "no data published"}
+    if claim.rule == "equivalence":
+        return {"verdict": "agrees", "value": ratio, "detail": f"{ratio:.3f} is the reference itself"}
+    wanted, holds = ("above 1", ratio > 1) if claim.rule == "ordering" else (f"at most {claim.bound:g}", ratio <= claim.bound)
+    return {"verdict": "agrees" if holds else "contradicts", "value": ratio, "detail": f"{ratio:.3f}; claimed {wanted}"}
+
+
+def p_values(claim: Claim, seen: Sample) -> tuple[Array, Array]:
+    """One-sided p values of (the claim holds, the claim fails).
+
+    Equivalence: two one-sided tests, both must succeed; failing is either of two tests, so its smaller p value is doubled.
+    """
+    if claim.rule != "equivalence":
+        (bound,) = _bounds(claim)
+        above, below = seen.p_above(bound), seen.p_below(bound)
+        return (above, below) if claim.rule == "ordering" else (below, above)
+    low, high = _bounds(claim)
+    outside = np.minimum(1.0, 2 * np.minimum(seen.p_below(low), seen.p_above(high)))
+    return np.maximum(seen.p_above(low), seen.p_below(high)), outside
+
+
+def _bounds(claim: Claim) -> tuple[float, ...]:
+    """The ratios at which a claim turns from true to false. Raises ValueError for an equivalence without published data."""
+    if claim.rule != "equivalence":
+        return (claim.bound if claim.rule == "bound" else 1.0,)
+    center = published_ratio(claim)
+    if center is None:
+        raise ValueError(f"{claim.id}: equivalence needs published data")
+    return center / (1 + claim.margin), center * (1 + claim.margin)
+
+
+class Decision(NamedTuple):
+    """What the rule says, arrays of (..., claims): p values of holding and failing, Holm-adjusted, and the verdict."""
+
+    p_pass: Array
+    p_fail: Array
+    p_pass_adjusted: Array
+    p_fail_adjusted: Array
+    verdict: npt.NDArray[np.str_]
+    needed: npt.NDArray[np.int64]  # replicates in all that would settle an INCONCLUSIVE at a last look, 0: not by repetition
+
+
+def rule(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> Decision:
+    """The rule: t tests, Holm-adjusted over the claims of a figure, at the level of the look. The one that judges every run.
+
+    looks: 1, or 2 if replicates were added after a first look.
+    """
+    pairs = [p_values(claim, seen) for claim, seen in zip(claims, samples, strict=True)]
+    p_pass, p_fail = (np.stack([pair[side] for pair in pairs], axis=-1) for side in (0, 1))
+    holds, fails = holm(p_pass), holm(p_fail)
+    level = LEVELS[looks - 1]
+    verdict = np.select([holds <= level, fails <= level], ["PASS", "FAIL"], "INCONCLUSIVE")
+    return Decision(p_pass, p_fail, holds, fails, verdict, _needed(claims, samples, verdict == "INCONCLUSIVE"))
+
+
+def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Holm tests the claims that are still unsettled at the level divided by their number."""
+    left = unsettled.sum(axis=-1)
+    needed = np.zeros(unsettled.shape, dtype=np.int64)
+    for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
+        distance = np.min([np.abs(seen.mean - math.log(bound)) for bound in _bounds(claim)], axis=0)
+        for count in range(1, len(claims) + 1):
+            here = unsettled[..., number] & (left == count)
+            if here.any():
+                needed[..., number] += here * replicates_needed(seen, distance, LEVELS[-1] / count)
+    return needed
+
+
+def judge(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> list[dict[str, Any]]:
+    """Verdicts of the claims of one figure on one run, with every number behind them. looks: see rule."""
+    found = rule(claims, samples, looks)
+    results = []
+    for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
+        low, high = map(float, seen.interval())
+        numbers = {
+            **{name: float(getattr(found, name)[number]) for name in Decision._fields if name.startswith("p_")},
+            "ratio": float(seen.ratio),
+            "low": low,
+            "high": None if math.isinf(high) else high,
+            "replicates": seen.n,
+            "ratios": np.exp(seen.logs).tolist(),
+            "level": LEVELS[looks - 1],
+            "looks": looks,
+            "replicates_needed": int(found.needed[number]) or None,
+        }
+        verdict = str(found.verdict[number])
+        results.append({"verdict": verdict, "reason": _reason(claim, verdict, numbers), "numbers": numbers})
+    return results
+
+
+def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
+    against = f" to {claim.statistic.against}" if claim.statistic.against else ""
+    sizes = claim.statistic.chunk_size
+    name = f"ratio {sizes}{against}" if sizes else "the smallest ratio of neighbouring chunk sizes"
+    high = "unknown" if numbers["high"] is None else f"{numbers['high']:.3f}"
+    what = f"{name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
+    if claim.rule == "equivalence":
+        rule = f"published {published_ratio(claim):.3f}, margin {claim.margin:.0%}"
+    else:
+        rule = "claimed above 1" if claim.rule == "ordering" else f"claimed at most {claim.bound:g}"
+    needed = numbers["replicates_needed"]
+    advice = f"about {needed} replicates in all would settle it" if needed else "repetition alone will hardly settle it"
+    return f"{what}; {rule}" + (f"; {advice}" if verdict == "INCONCLUSIVE" else "")

@@ -1,0 +1,99 @@
+"""Is a bag what was sealed? bagit's own validation, and what it does not see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import bagit
+
+from experiments.records.provenance import sha256
+from experiments.records.store import MANIFEST
+
+BAGIT_TXT = b"BagIt-Version: 0.97\nTag-File-Character-Encoding: UTF-8\n"  # as bagit 1.8.1 writes it
+TAGS = "tagmanifest-sha256.txt"
+TAG_FILES = ("bag-info.txt", "bagit.txt", MANIFEST)
+
+
+def _walk_order(name: str) -> list[tuple[bool, str]]:
+    """bagit lists the files of a folder before its subfolders, both by name."""
+    *folders, file = name.split("/")
+    return [(True, folder) for folder in folders] + [(False, file)]
+
+
+def listed(path: Path) -> dict[str, str]:
+    """name -> digest as a manifest lists them; lines that are no such pair are left to the comparison by bytes."""
+    pairs = (line.split(maxsplit=1) for line in path.read_bytes().decode("utf-8", "replace").splitlines())
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+
+
+def incomplete(bag: Path, found: Sequence[str]) -> bool:
+    """Whether the problems found are those of an interrupted copy or seal: files missing, at most one cut short.
+
+    A file cut short cannot be told from a changed one by its digest, so the payload's size in bag-info.txt decides.
+    """
+    kinds = [line.split(":")[0] for line in found]
+    if not found or "unlisted" in kinds or kinds.count("changed") > 1:
+        return False
+    if "changed" not in kinds:
+        return True
+    size = sum(path.stat().st_size for path in bag.glob("data/**/*") if path.is_file())
+    stated = re.search(rb"^Payload-Oxum: (\d{1,18})\.", (bag / "bag-info.txt").read_bytes(), re.M)
+    return found[kinds.index("changed")].startswith("changed: data/") and stated is not None and size < int(stated[1])
+
+
+def problems(bag: Path) -> list[str]:
+    """`changed: PATH`, `missing: PATH`, `unlisted: PATH`, relative to the bag; empty if the bag is as sealed.
+
+    bagit misses flips in the letter case of the tag manifest, some in bagit.txt, and added top-level files; so every tag
+    file is also compared byte for byte with what bagit would write for the files that are there.
+    """
+    entries = sorted(path for path in bag.rglob("*") if path.is_symlink() or not path.is_dir())
+    if odd := [path for path in entries if path.is_symlink() or not path.is_file()]:
+        return [f"unlisted: {path.relative_to(bag).as_posix()}" for path in odd]
+    found = {path.relative_to(bag).as_posix() for path in entries}
+    if missing := [name for name in (*TAG_FILES, TAGS) if name not in found]:
+        return [f"missing: {name}" for name in missing]
+    payload = {name: sha256(bag / name) for name in found if name.startswith("data/")}
+    tags = listed(bag / TAGS)
+    lines = compare(payload, listed(bag / MANIFEST))
+    lines += [f"unlisted: {name}" for name in sorted(found - set(payload) - {*TAG_FILES, TAGS})]
+    actual = {name: sha256(bag / name) for name in TAG_FILES}
+    lines += [f"changed: {n} (or its line in {TAGS})" for n, digest in actual.items() if tags.get(n, "").lower() != digest]
+    return lines or _tag_files_not_as_written(bag, payload, actual) or _bagit_problems(bag)
+
+
+def compare(payload: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """name -> digest of the files that are there, and as listed -> problems."""
+    lines = [f"changed: {name}" for name, digest in payload.items() if wanted.get(name, digest).lower() != digest]
+    lines += [f"missing: {name}" for name in wanted if name not in payload]
+    return sorted(lines + [f"unlisted: {name}" for name in payload if name not in wanted])
+
+
+def _tag_files_not_as_written(bag: Path, payload: Mapping[str, str], actual: Mapping[str, str]) -> list[str]:
+    manifest = "".join(f"{payload[name]}  {name}\n" for name in sorted(payload, key=_walk_order))
+    tags = sorted(f"{digest} {name}" for name, digest in actual.items())
+    as_written = {
+        "bagit.txt": (bag / "bagit.txt").read_bytes() == BAGIT_TXT,
+        MANIFEST: (bag / MANIFEST).read_bytes() == manifest.encode(),
+        # bagit lists the tag files in the order in which the file system has them
+        TAGS: sorted((bag / TAGS).read_bytes().splitlines(keepends=True)) == [f"{line}\n".encode() for line in tags],
+    }
+    return [f"changed: {name}" for name, whole in as_written.items() if not whole]
+
+
+def _bagit_problems(bag: Path) -> list[str]:
+    """bagit's own word, in case it sees what the above does not (the payload's total size in bag-info.txt)."""
+    try:
+        bagit.Bag(str(bag)).validate(processes=1)
+    except bagit.BagValidationError as error:
+        return [f"changed: {detail}" for detail in error.details] or [f"changed: bag-info.txt ({error})"]
+    except (bagit.BagError, ValueError) as error:
+        return [f"changed: bagit.txt ({error})"]
+    return []
+
+
+def tagmanifest_digest(bag: Path) -> str:
+    """SHA-256 of the tag manifest: this one number fixes every byte of the bag."""
+    return sha256(bag / TAGS)

@@ -1,0 +1,257 @@
+"""Sealed runs -> tidy tables. Complete bags only; unlike runs are never mixed, and the error names what differs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.records.errors import SpecError
+from experiments.records.metrics import of_phase, point_phase, prefill_seconds, serving_metrics
+from experiments.records.provenance import ROOT
+from experiments.records.record import Record
+from experiments.records.store import read_trial
+from experiments.spec.expand import REPEAT
+
+REFERENCE = ROOT / "artifacts" / "reference"
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,80}", re.ASCII)
+MUST_MATCH = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", "machine.type", "machine.image")
+
+
+def printable(data: Any) -> Any:
+    """The same with every text free of control characters and cut at 2,000: a bag may try to write to the terminal."""
+    if isinstance(data, str):
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in data[:2000])
+    if isinstance(data, dict):
+        return {printable(key): printable(value) for key, value in data.items()}
+    return [printable(value) for value in data] if isinstance(data, list) else data
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial: where it lies, its facts (trial.json) and its record."""
+
+    path: Path
+    facts: dict[str, Any]
+    record: Record
+
+    @property
+    def repeat(self) -> bool:
+        """Whether this is the first trial of its session run again at the end."""
+        return str(self.facts["trial"]).endswith(REPEAT)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One figure on one testbed: the bags that were joined, their plan, all their trials."""
+
+    figure: str
+    testbed: str
+    bags: tuple[Path, ...]
+    plan: dict[str, Any]
+    trials: tuple[TrialRecord, ...] = field(repr=False)
+    aside: tuple[str, ...] = ()  # other runs of the same figure and testbed, set aside, and why
+
+    @property
+    def title(self) -> str:
+        """How tables and pictures are labelled; a simulated run names its calibrations and their held-out errors."""
+        scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
+        trace = f"; trace {self.trace['name']}" if self.trace else ""
+        where = printable(f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})")
+        engines = [trial.facts["engine"] for trial in self.trials]
+        errors = {e["calibration"]: e["calibration_error"]["held_out"] for e in engines if "calibration" in e}
+        told = "; ".join(f"{name}, held-out error {error:.1%}" for name, error in sorted(errors.items()))
+        return f"SIMULATED ({told}) {where}" if self.simulated else str(where)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run was simulated; every table and picture of it says so."""
+        return bool(self.plan["platform"] == "simulated")
+
+    def model_error(self, model: str) -> float:
+        """Held-out relative error of the step times of a model: 0 where they were measured."""
+        errors = (t.facts["engine"].get("calibration_error") for t in self.trials if t.facts["model"] == model)
+        return max((float(error["held_out"]) for error in errors if error), default=0.0)
+
+    @cached_property
+    def serving(self) -> pd.DataFrame:
+        """serving_trials, computed once: every claim, gate and picture asks for it."""
+        points = ((trial, point_phase(trial.facts["phases"])) for trial in self.trials)
+        rows = [
+            _facts(trial, phase, "qps", "rate", "budget") | serving_metrics(of_phase(trial.record, phase))
+            for trial, phase in points
+            if trial.facts["phases"][phase]["role"] == "point"
+        ]
+        return pd.DataFrame(rows)
+
+    @property
+    def kind(self) -> str:
+        """prefill (Figure 9a) or serving (Figure 9b)."""
+        return str(self.trials[0].facts["kind"])
+
+    @property
+    def trace(self) -> dict[str, Any] | None:
+        """Name, kind and sha256 of the request lengths of a serving run; None for prefill runs."""
+        return next((t.facts["trace"] for t in self.trials if t.facts.get("trace")), None)
+
+    @property
+    def replicates(self) -> int:
+        """Independent repetitions per model: different seeds, each in its own session."""
+        return min(len({t.facts["seed"] for t in self.trials if t.facts["model"] == model}) for model in self.models)
+
+    @property
+    def models(self) -> list[str]:
+        """Models in the order of the plan."""
+        return list(dict.fromkeys(t.facts["model"] for t in self.trials))
+
+
+def find_runs(folder: Path) -> dict[str, list[Path]]:
+    """Run directory name -> its bags, in order of name."""
+    found: dict[str, list[Path]] = {}
+    for bag in sorted(folder.glob("*/bag-*/")):
+        found.setdefault(bag.parent.name, []).append(bag)
+    return found
+
+
+def unfinished(folder: Path) -> list[str]:
+    """Run directories that hold trials but no bag yet, as sentences."""
+    names = sorted({path.parent.name for path in folder.glob("*/open-*") if any(path.glob("trials/*/*"))})
+    return [f"{name}: incomplete; make {name.split('-')[0]} resumes it" for name in names]
+
+
+def _ended(bag: Path) -> str:
+    """When the last trial of a bag ended, as its records say: a copy's files are as new as the copy."""
+    return max((json.loads(path.read_text())["ended"] for path in bag.glob("data/trials/*/*/trial.json")), default="")
+
+
+def load_run(bags: list[Path]) -> Run:
+    """Join bags of one figure and testbed. Of several identities the newest is taken, the others are named.
+
+    Raises SpecError if there is no bag, or if trials were made under conditions that must not be mixed.
+    """
+    if not bags:
+        raise SpecError("no finished run here; make fig9a makes one")
+    plans = {bag: json.loads((bag / "data" / "plan.json").read_text()) for bag in bags}
+    newest = max(bags, key=lambda bag: (_ended(bag), bag.stat().st_mtime_ns, bag.name)) if len(bags) > 1 else bags[0]
+    identity = plans[newest]["identity"]
+    unlike = {bag: [k for k, v in identity.items() if plan["identity"].get(k) != v] for bag, plan in plans.items()}
+    chosen = [bag for bag in bags if plans[bag]["identity"] == identity]
+    aside = tuple(f"{bag.name} differs in {', '.join(unlike[bag])}" for bag in bags if bag not in chosen)
+    paths = [path for bag in chosen for path in sorted(bag.glob("data/trials/*/*"))]
+    trials = tuple(TrialRecord(path, *read_trial(path)) for path in paths)
+    plan = plans[chosen[-1]]
+    named = {str(plan[key]) for key in ("figure", "testbed")}
+    named |= {str(trial.facts[key]) for trial in trials for key in ("figure", "testbed", "model", "session", "trial")}
+    if odd := sorted(name for name in named if not NAME.fullmatch(name)):  # files are named by them, and pictures labelled
+        raise SpecError(f"{chosen[-1]}: name {odd[0][:80]!r}; allowed: letters, digits and . _ + -")
+    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, trials, aside)
+
+
+def differing(run: Run) -> list[str]:
+    """Conditions in which a model's trials differ although they must not, as 'model: key: value, value'."""
+    found = []
+    for model, key in product(run.models, MUST_MATCH):
+        section, name = key.split(".")
+        values = {str(trial.facts[section].get(name)) for trial in run.trials if trial.facts["model"] == model}
+        if len(values) > 1:
+            found.append(f"{model}: {key}: {', '.join(sorted(values))}")
+    return found
+
+
+def chunk_label(chunk_size: float | None) -> str:
+    """A chunk size in the paper's units as text; None or NaN is unchunked."""
+    return "unchunked" if chunk_size is None or pd.isna(chunk_size) else str(int(chunk_size))
+
+
+def chunk_order(chunk_size: str) -> float:
+    """By which chunk sizes as text are sorted: their number, unchunked last."""
+    return float(chunk_size.replace("unchunked", "inf"))
+
+
+def by_chunk_size(table: pd.DataFrame, *before: str) -> pd.DataFrame:
+    """Rows in the order of these columns, then of chunk_size (text)."""
+    numbers = table["chunk_size"].map(chunk_order)
+    return table.assign(order=numbers).sort_values([*before, "order"], ignore_index=True).drop(columns="order")
+
+
+def _facts(trial: TrialRecord, phase: int, *of_role: str) -> dict[str, Any]:
+    """What the tables below say of a measured phase beside its times."""
+    role = trial.facts["phases"][phase]
+    found = {key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")} | {"repeat": trial.repeat}
+    return found | {key: role[key] for key in of_role} | {"chunk_size": chunk_label(role["chunk_size"])}
+
+
+def prefill_times(run: Run) -> pd.DataFrame:
+    """Every prefill of a Figure 9a run.
+
+    Columns: model, in_paper, seed, trial, repeat, prompt_length, prompt_tokens, budget, chunk_size (text), seconds.
+    """
+    rows = []
+    for trial in run.trials:
+        seconds = prefill_seconds(trial.record)
+        for phase, role in enumerate(trial.facts["phases"]):
+            if role["role"] == "point":
+                facts = _facts(trial, phase, "prompt_length", "prompt_tokens", "budget")
+                rows.append(facts | {"seconds": seconds.get(phase)})
+    return pd.DataFrame(rows)
+
+
+def serving_trials(run: Run) -> pd.DataFrame:
+    """Every trial of a Figure 9b run, saturation left out.
+
+    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), rate, budget, chunk_size (text), then
+    metrics.serving_metrics.
+    """
+    return run.serving.copy()
+
+
+def probe_steps(run: Run) -> pd.DataFrame:
+    """The fixed steps with which every trial begins: model, session, then the columns of a step."""
+    found = []
+    for trial in run.trials:
+        probes = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
+        requests = trial.record.requests
+        steps = requests.loc[requests["phase"].isin(probes) & (requests["first_step"] >= 0), "first_step"]
+        found.append(trial.record.steps.iloc[steps].assign(**{key: str(trial.facts[key]) for key in ("model", "session")}))
+    return pd.concat(found, ignore_index=True)
+
+
+def repeat_ratios(run: Run) -> pd.Series:
+    """How a session's first trial and its repetition at the end compare: time again / time before, one per point and session.
+
+    Time: of the prefill in 9a, the median gap between tokens in 9b.
+    """
+    serving = run.kind == "serving"
+    times, value = (serving_trials(run), "tbt_p50") if serving else (prefill_times(run), "seconds")
+    keys = ["model", "seed", "qps" if serving else "prompt_length", "chunk_size"]
+    again = times[times["repeat"]]
+    first = times.assign(trial=times["trial"] + REPEAT).merge(again, on=[*keys, "trial"], suffixes=("", "_again"))
+    return first[f"{value}_again"] / first[value]
+
+
+def _relative(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
+    """The table with `relative`: the value over that of the unchunked row with the same keys."""
+    whole = table[table["chunk_size"] == "unchunked"].set_index(keys)[value].rename("whole")
+    return table.assign(relative=table[value] / table.join(whole, on=keys)["whole"])
+
+
+def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, seed and point: `seconds` the median over the session's passes (repeats left out),
+
+    `relative` its ratio to the same session's unchunked prefill of the same length.
+    """
+    keys = ["model", "in_paper", "seed", "prompt_length"]
+    medians = times[~times["repeat"]].groupby([*keys, "chunk_size"], sort=False)["seconds"].median()
+    return _relative(medians.reset_index(), keys, "seconds")
+
+
+def published_prefill() -> pd.DataFrame:
+    """Figure 9a as published: prompt_length, chunk_size (text), prefill_ms, relative (to unchunked)."""
+    table = pd.read_csv(REFERENCE / "fig9a.csv", comment="#", dtype={"chunk_size": str})
+    return _relative(table, ["prompt_length"], "prefill_ms")

@@ -1,0 +1,202 @@
+"""`make verify`: integrity, gates, claims, in that order; verdict.json, and the overall verdict as the last line."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from analysis.judge import archive, gates, integrity
+from analysis.judge import claims as rules
+from analysis.judge.load import Run, find_runs, load_run, printable, unfinished
+from analysis.judge.stats import sample
+from experiments.records.errors import SpecError
+from experiments.records.provenance import sha256
+from experiments.records.store import to_json, write_whole
+from experiments.records.terminal import arguments, command, console, parse, result, written
+
+VERDICT_FORMAT = 1
+INDENT = " " * 5
+STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "NOT-APPLICABLE": "dim", "NOT-RUN": "dim"}
+
+
+def examine(name: str, bags: list[Path]) -> tuple[dict[str, Any], Run | None]:
+    """A run's part of verdict.json and, if its bags are whole, the run."""
+    found = {bag: integrity.problems(bag) for bag in bags}
+    broken = [line.replace(": ", f": {bag.name}/", 1) for bag in bags for line in found[bag]]
+    part = {
+        "name": name,
+        "figure": name.split("-")[0],
+        "title": name,
+        "bags": [{"name": b.name, "tagmanifest_sha256": None if found[b] else integrity.tagmanifest_digest(b)} for b in bags],
+        "integrity": broken,
+        "incomplete": bool(broken) and all(not lines or integrity.incomplete(bag, lines) for bag, lines in found.items()),
+    }
+    if broken:
+        return part | {"gates": [], "aside": [], "simulated": False}, None
+    try:
+        run = load_run(bags)
+        return part | _facts(run), run
+    except SpecError:
+        raise
+    except Exception as error:  # a bag may come from anywhere, and nothing that it holds is known to be of the right form
+        raise SpecError(f"{name}: not records of ours, although the bag is whole: {error!r}"[:500]) from None
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    facts, noise = run.trials[0].facts, gates.noise(run)
+    return {
+        **{name: getattr(run, name) for name in ("figure", "title", "testbed", "simulated", "replicates", "models")},
+        **{name: facts[name] for name in ("engine", "machine")},
+        **{name: run.plan[name] for name in ("commit", "not_run")},
+        "gates": [asdict(gate) for gate in gates.check(run)],
+        "aside": list(run.aside),
+        "noise": noise if math.isfinite(noise) else None,
+    }
+
+
+def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None) -> list[dict[str, Any]]:
+    """One entry of verdict.json for each claim of the run's figure."""
+    decided: list[dict[str, Any]] = []
+    judged: list[tuple[rules.Claim, Any]] = []
+    broken = "; ".join(f"gate broken: {gate['gate']} ({gate['detail']})" for gate in part["gates"] if not gate["ok"])
+    for claim in (claim for claim in claims if claim.figure == part["figure"]):
+        entry = _entry(claim) | {"run": part["name"], "title": part["title"], "simulated": part["simulated"]}
+        if part.get("incomplete"):
+            reason = f"the run is incomplete, half copied perhaps ({len(part['integrity'])} files): {part['integrity'][0]}"
+            entry |= {"verdict": "INCONCLUSIVE", "reason": reason}
+        elif run is None:
+            entry |= {"verdict": "FAIL", "reason": f"the bag is not as it was sealed: {part['integrity'][0]}"}
+        elif run.testbed not in claim.scope:
+            entry |= {"verdict": "NOT-APPLICABLE", "reason": f"claimed of {', '.join(claim.scope)}; this is {run.testbed}"}
+        elif claim.model not in run.models:
+            entry |= {"verdict": "NOT-RUN", "reason": f"{claim.model} was not run on {run.testbed}"}
+        elif broken:
+            entry |= {"verdict": "INCONCLUSIVE", "reason": broken}
+        else:
+            found = rules.ratios(run, claim)
+            entry["trace"] = run.trace["name"] if run.trace else None
+            judged.append((claim, sample([found[seed] for seed in sorted(found)], run.model_error(claim.model))))
+        decided.append(entry)
+    if run is None or not judged:
+        return decided
+    verdicts = iter(rules.judge([claim for claim, _ in judged], [seen for _, seen in judged], len(run.bags)))
+    return [entry if "verdict" in entry else entry | next(verdicts) for entry in decided]
+
+
+def _entry(claim: rules.Claim) -> dict[str, Any]:
+    said = {name: getattr(claim, name) for name in ("id", "figure", "model", "statement", "source", "rule")}
+    said |= {"margin_reason": claim.reason, "scope": list(claim.scope), "published": rules.published_verdict(claim)}
+    return said | {"run": None, "title": None, "simulated": False, "numbers": {}}
+
+
+def overall(entries: Sequence[dict[str, Any]], everything: bool) -> tuple[str, int]:
+    """Overall verdict and exit status: 0 all PASS or NOT-APPLICABLE, 1 any FAIL, 2 something INCONCLUSIVE, or nothing judged.
+
+    everything: NOT-RUN counts as INCONCLUSIVE.
+    """
+    verdicts = {entry["verdict"] for entry in entries}
+    if "FAIL" in verdicts:
+        return "FAIL", 1
+    if "INCONCLUSIVE" in verdicts or (everything and "NOT-RUN" in verdicts):
+        return "INCONCLUSIVE", 2
+    return ("PASS", 0) if "PASS" in verdicts else ("NOT-RUN", 2)
+
+
+def verify(folder: Path, everything: bool = False) -> dict[str, Any]:
+    """verdict.json as data. Raises SpecError if there is nothing to judge."""
+    claims = rules.load_claims()
+    parts, entries = [], []
+    for name, bags in find_runs(folder).items():
+        part, run = examine(name, bags)
+        parts.append(part)
+        entries += decide(claims, part, run)
+    figures = {part["figure"] for part in parts}
+    for claim in (claim for claim in claims if claim.figure not in figures):
+        reason = f"no finished run of {claim.figure}: make {claim.figure}"
+        entries.append(_entry(claim) | {"verdict": "NOT-RUN", "reason": reason})
+    of_bags = [{"verdict": "INCONCLUSIVE" if part["incomplete"] else "FAIL"} for part in parts if part["integrity"]]
+    verdict, status = overall([*entries, *of_bags], everything)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"format": VERDICT_FORMAT, "made": made, "overall": verdict, "status": status, "claims": entries, "runs": parts}
+
+
+def verify_archive(path: Path, everything: bool = False) -> dict[str, Any]:
+    """verify for an archive made elsewhere, unpacked in a temporary folder. Raises SpecError for one that is refused."""
+    if not path.is_file():
+        raise SpecError(f"BAG: {path}: no such file; an archive of make package, or of a bag, is needed")
+    with tempfile.TemporaryDirectory(prefix="elsewhere-") as hold:
+        folder = Path(hold) / "unpacked"
+        folder.mkdir()
+        archive.unpack(path, folder)
+        changed = archive.problems(folder)
+        found = verify(archive.runs_in(folder), everything)
+    found["archive"] = {"name": path.name, "sha256": sha256(path), "integrity": changed}
+    return found | ({"overall": "FAIL", "status": 1} if changed else {})
+
+
+def show(found: dict[str, Any]) -> None:
+    """The verdicts for people; what is broken is named above them. Nothing that a bag says is taken for markup."""
+    if made := found.get("archive"):
+        console.print("\n  ".join((f"archive {made['name']} sha256 {made['sha256']}", *made["integrity"])))
+    for part in found["runs"]:
+        console.print(f"\n{part['title']}")
+        for bag in part["bags"]:
+            console.print(f"  {bag['name']}  tag manifest sha256 {bag['tagmanifest_sha256'] or 'not as sealed'}")
+        for line in (*part["integrity"], *part["aside"]):
+            console.print(f"  {line}")
+        for gate in part["gates"]:
+            console.print(f"  gate {'ok    ' if gate['ok'] else 'BROKEN'} {gate['gate']}: {gate['detail']}")
+    for entry in found["claims"]:
+        run = f"  {entry['run'] or 'not run'}{', SIMULATED' if entry['simulated'] else ''}"
+        console.print(Text.assemble(f"\n{entry['id']:5}", _coloured(entry["verdict"]), run))
+        published = entry["published"]
+        judged = {"agrees": "agrees", "contradicts": "contradicts this"}.get(published["verdict"])
+        reference = f" The published run {judged} ({published['value']:.4g})." if judged else ""
+        for line in (entry["statement"], f"{entry['reason'][0].upper()}{entry['reason'][1:]}.{reference}"):
+            console.print(textwrap.fill(line, console.width, initial_indent=INDENT, subsequent_indent=INDENT))
+    counts = Counter(entry["verdict"] for entry in found["claims"])
+    console.print(f"\nclaims: {', '.join(f'{counts[verdict]} {verdict}' for verdict in STYLES if counts[verdict])}")
+
+
+def _coloured(verdict: str) -> Text:
+    return Text(verdict, style=STYLES[verdict])
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 all PASS or NOT-APPLICABLE, 1 any FAIL or a broken bag, 2 INCONCLUSIVE or nothing to judge."""
+    parser = arguments("analysis.judge.verify", __doc__, "runs", "report")
+    parser.add_argument("--bag", type=Path, help="an archive made elsewhere, in place of --runs")
+    parser.add_argument("--all", action="store_true", help="a claim that was not run counts as INCONCLUSIVE")
+    options = parse(parser, argv)
+    try:
+        found = printable(verify_archive(options.bag, options.all) if options.bag else verify(options.runs, options.all))
+    except SpecError as error:
+        raise SpecError(printable(str(error))) from None
+    report = options.report
+    if options.bag and report == parser.get_default("report"):
+        report /= re.sub(r"[^A-Za-z0-9-]", "_", options.bag.name)
+    report.mkdir(parents=True, exist_ok=True)
+    write_whole(report / "verdict.json", to_json(found))
+    show(found)
+    for line in [] if options.bag else unfinished(options.runs):
+        console.print(line)
+    console.print(f"every number behind this: {written(report / 'verdict.json')}")
+    console.print(_coloured(found["overall"]))
+    result(**found)
+    return int(found["status"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The report: verdicts, figures beside the reference, tables and provenance in one self-contained page.
+
+`python -m analysis.show.report` draws every judged run and writes REPORT/index.html from REPORT/verdict.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from analysis.judge.load import find_runs, load_run
+from analysis.judge.verify import VERDICT_FORMAT
+from analysis.show.views import VIEWS, View, schedule_view
+from experiments.records.errors import SpecError
+from experiments.records.provenance import sha256
+from experiments.records.store import write_whole
+from experiments.records.terminal import arguments, command, console, parse, result, written
+
+# What is behind a verdict, as it is read: the ratio and its interval, what they are of, then the tests.
+NUMBERS = ("ratio", "low", "high", "replicates", "replicates_needed", "ratios",
+           "p_pass", "p_pass_adjusted", "p_fail", "p_fail_adjusted", "level", "looks")  # fmt: skip
+
+
+def read_verdict(path: Path) -> dict[str, Any]:
+    """verdict.json. Raises SpecError if it is not there, not JSON or of another format."""
+    try:
+        verdict: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file; run make verify first") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path}: cannot be read ({error}); run make verify again") from None
+    came = verdict.get("format") if isinstance(verdict, dict) else type(verdict).__name__
+    if came != VERDICT_FORMAT:
+        raise SpecError(f"{path}: format {came!r}; this version reads format {VERDICT_FORMAT}; run make verify again")
+    return verdict
+
+
+def draw(judged: Mapping[str, Any], found: Mapping[str, list[Path]], report: Path) -> View | None:
+    """The view of a judged run; None if its bag is broken or its kind has no picture.
+
+    Raises SpecError if the bags are not those that were judged: a verdict beside another run's figure would mislead.
+    """
+    name = str(judged["name"])
+    if judged.get("integrity"):
+        return None
+    if name not in found:
+        raise SpecError(f"{name}: judged, but its bags are gone; run make verify again")
+    run = load_run(found[name])
+    digests = {bag["name"]: bag.get("tagmanifest_sha256") for bag in judged.get("bags", [])}
+    for bag in run.bags:
+        if digests.get(bag.name) != sha256(bag / "tagmanifest-sha256.txt"):
+            raise SpecError(f"{name}: {bag.name} is not what was judged; run make verify again")
+    if run.kind not in VIEWS:
+        return None
+    view = VIEWS[run.kind](run, report / name)
+    return replace(view, explanations=(*view.explanations, *schedule_view(run, report / name)))
+
+
+def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a claim as they are read, others after them; verdict.json has them by the alphabet."""
+    return {key: numbers[key] for key in (*NUMBERS, *numbers) if key in numbers}
+
+
+def render(verdict: Mapping[str, Any], views: Mapping[str, View | None], unjudged: Sequence[str]) -> str:
+    """The page. Everything in it is escaped: records and verdicts may come from anywhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # a key that an older or newer verdict.json lacks is shown as nothing
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["ordered"] = ordered
+    counts = Counter(str(claim["verdict"]) for claim in verdict.get("claims", []))
+    template = environment.get_template("report.html.j2")
+    return template.render(verdict=verdict, counts=counts, views=views, unjudged=unjudged)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 if there is no verdict or it is not of these runs."""
+    options = parse(arguments("analysis.show.report", __doc__, "runs", "report"), argv)
+    verdict = read_verdict(options.report / "verdict.json")
+    found = find_runs(options.runs)
+    views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
+    page, unjudged = options.report / "index.html", sorted(set(found) - set(views))
+    write_whole(page, render(verdict, views, unjudged))
+    console.print(f"report written to {page}\n{written(options.report)}")
+    result(report=page, overall=verdict.get("overall"), unjudged=unjudged)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

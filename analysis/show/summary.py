@@ -1,0 +1,141 @@
+"""The table of a figure, on the terminal and as CSV: `python -m analysis.show.summary fig9a`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from analysis.judge.load import (
+    Run,
+    by_chunk_size,
+    load_run,
+    prefill_replicates,
+    prefill_times,
+    published_prefill,
+    serving_trials,
+)
+from experiments.records import terminal
+from experiments.records.metrics import time_unit
+from experiments.records.terminal import arguments, command, console, parse, result
+
+
+def prefill_table(run: Run) -> pd.DataFrame:
+    """One row per point of Figure 9a: median and range over replicates, of prefill seconds and relative to unchunked.
+
+    `published_relative` stands beside the model that the paper measured, at the paper's lengths and chunk sizes.
+    """
+    keys = ["model", "in_paper", "prompt_length", "chunk_size"]
+    table = _over_replicates(prefill_replicates(prefill_times(run)), keys, ["seconds", "relative"])
+    published = published_prefill().set_index(["prompt_length", "chunk_size"]).add_prefix("published_")
+    joined = table.join(published, on=["prompt_length", "chunk_size"])
+    joined.loc[~joined["in_paper"], list(published.columns)] = float("nan")
+    ordered = by_chunk_size(joined, "model", "prompt_length")
+    return ordered.sort_values("in_paper", ascending=False, kind="stable", ignore_index=True)
+
+
+def _over_replicates(rows: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
+    """keys, replicates, then value, value_min and value_max of each: its median, minimum and maximum over replicates."""
+    groups = rows.groupby(keys, sort=False)
+    table = groups[values].agg(["median", "min", "max"])
+    table.columns = ["_".join(pair).removesuffix("_median") for pair in table.columns.to_flat_index()]
+    table.insert(0, "replicates", groups["seed"].nunique())
+    return table.reset_index()
+
+
+def published_errors(table: pd.DataFrame) -> str:
+    """How far a Figure 9a at the paper's scale is from the published values, in one sentence."""
+    rows = table.dropna(subset=["published_prefill_ms"])
+    times = (1e3 * rows["seconds"] / rows["published_prefill_ms"] - 1).abs()
+    relative = (rows["relative"] / rows["published_relative"] - 1).abs()
+    return (
+        f"against the {len(rows)} published values: prefill time off by {times.mean():.1%} on average, "
+        f"{times.max():.1%} at worst; relative time by {relative.mean():.1%} on average, {relative.max():.1%} at worst"
+    )
+
+
+def _begin(run: Run, model: object, columns: Sequence[str], more: str = "") -> Table:
+    """Print what the table of a model is of; the table, to be filled."""
+    spread = f"median and range of {run.replicates} replicate{'s'[: run.replicates > 1]}"
+    console.print(f"\n{run.title}\n{model}, {spread}{more}")
+    return terminal.table(*columns)
+
+
+def _range(row: Mapping[Any, Any], value: str, digits: int, factor: float = 1.0) -> str:
+    median, low, high = (f"{factor * row[name]:.{digits}f}" for name in (value, f"{value}_min", f"{value}_max"))
+    return f"{median} ({low}-{high})"
+
+
+def show_prefill(run: Run, table: pd.DataFrame) -> None:
+    """Print the table of Figure 9a with its testbed and scale."""
+    for model, rows in table.groupby("model", sort=False):
+        in_paper = rows["in_paper"].iloc[0]
+        columns = ("prompt", "chunk size", "prefill ms", "relative", "published")
+        view = _begin(run, model, columns, "" if in_paper else ", a panel the paper does not have")
+        for row in rows.to_dict("records"):
+            published = "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}"
+            cells = (_range(row, "seconds", 1, 1e3), _range(row, "relative", 2), published)
+            view.add_row(str(row["prompt_length"]), row["chunk_size"], *cells, end_section=row["chunk_size"] == "unchunked")
+        console.print(view, soft_wrap=False)
+        if run.plan["scale"] == 1 and in_paper:
+            console.print(published_errors(rows))
+    console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
+
+
+def serving_table(run: Run) -> pd.DataFrame:
+    """One row per point of Figure 9b: median, minimum and maximum over replicates of every metric; seconds, tokens."""
+    trials = serving_trials(run)
+    trials = trials[~trials["repeat"]]
+    keys = ["model", "qps", "chunk_size"]
+    metrics = [name for name in trials.columns if name not in {*keys, "in_paper", "seed", "trial", "repeat", "budget"}]
+    return by_chunk_size(_over_replicates(trials, keys, metrics), "model", "qps")
+
+
+def show_serving(run: Run, table: pd.DataFrame) -> None:
+    """Print the table of Figure 9b with its testbed, scale and trace; the CSV holds every metric."""
+    for model, of_model in table.groupby("model", sort=False):
+        factor, unit = time_unit(of_model["ttft_p50"])
+        digits, fine = 0 if unit == "ms" else 2, int(of_model["tbt_p99"].max() < 0.1)
+        columns = ("QPS", "run at", "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
+        view = _begin(run, model, columns)
+        for qps, rows in of_model.groupby("qps", sort=False):
+            for row in rows.to_dict("records"):
+                delay = f"{factor * row['scheduling_delay_p50']:.{digits}f}"
+                times = (_range(row, "ttft_p50", digits, factor), _range(row, "tbt_p99", fine, 1e3), delay)
+                view.add_row(f"{qps:g}", f"{row['rate']:.2f}", row["chunk_size"], *times, f"{row['utilisation']:.0%}")
+            view.add_section()
+        console.print(view, soft_wrap=False)
+    console.print("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
+
+
+TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 if there is no finished run."""
+    parser = arguments("analysis.show.summary", __doc__, "runs", "report")
+    parser.add_argument("figure", help="a figure's name")
+    parser.add_argument("--testbed", default="auto", help="auto: the testbed of the newest run")
+    options = parse(parser, argv)
+    pattern = "*" if options.testbed == "auto" else options.testbed
+    run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
+    make_table, show = TABLES[run.kind]
+    table = make_table(run)
+    options.report.mkdir(parents=True, exist_ok=True)
+    target = options.report / f"{run.figure}-{run.testbed}.csv"
+    table.to_csv(target, index=False)
+    show(run, table)
+    console.print(f"as CSV: {target}")
+    result(
+        figure=run.figure, testbed=run.testbed, title=run.title, csv=target, points=json.loads(table.to_json(orient="records"))
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Ray for a run: started here and swept afterwards, or joined. Whoever needs Ray gets it from here.
+
+`make node` makes this machine a node of a cluster, and stays until it is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from experiments.machine import gpus
+from experiments.records.errors import SpecError
+from experiments.records.provenance import PACKAGE
+from experiments.records.terminal import arguments, console, parse, result
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_prestart_worker_first_driver": "0",  # a worker per core, none of which has a session's environment
+    "RAY_enable_worker_prestart": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute otherwise, until a run notices that Ray's server is gone
+}
+PORT = 6379  # Ray's default
+STORE_BYTES = 256 * 2**20  # for records on their way, at most a few MB each
+
+SWEEPER = """
+import contextlib, shutil, sys, time, psutil
+driver, folder = int(sys.argv[1]), sys.argv[2]
+sys.stdin.read()  # ends when the driver has ended, however it did
+for _ in range(50):
+    left = False
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != driver and any(file.path.startswith(folder) for file in process.open_files()):
+                left = True
+                process.kill()
+    if not left:
+        break
+    time.sleep(0.1)
+shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+@contextlib.contextmanager
+def _sweeper(folder: str) -> Iterator[None]:
+    """A process that outlives the driver, kill -9 included, and then ends whatever is left of its Ray; folder and all.
+
+    Left alone, Ray's agents stay for more than a minute after their node is gone. They are known by the logs that they write in
+    the folder: their titles overwrite their environment. A sweeper that is killed is replaced.
+    """
+    command = [sys.executable, "-c", SWEEPER, str(os.getpid()), folder]
+    theirs, ours = os.pipe()
+    closing = threading.Event()
+
+    def keep() -> None:
+        while True:  # once at least
+            subprocess.run(command, stdin=theirs, start_new_session=True, check=False)
+            if closing.is_set():
+                return
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        os.close(ours)
+        keeper.join(60)
+        os.close(theirs)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Any]:
+    """Ray, started for this run and stopped with it, or the cluster of RAY_ADDRESS. Raises SpecError if that is not there."""
+    os.environ.update(QUIET)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        authenticate()  # Ray reads it as it is imported
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if not address or not _node_here(address):
+            folder = tempfile.mkdtemp(prefix="chunked-ray-")
+            stack.enter_context(_sweeper(folder))
+        try:
+            if address and folder:
+                _join(address, folder)
+            ray.init(**_options(address), log_to_driver=False, logging_level="error", _temp_dir=folder)
+        except (OSError, ValueError):  # ConnectionError is one
+            remedy = "no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN"
+            raise SpecError(f"RAY_ADDRESS: got {address!r}; {remedy}") from None
+        stack.callback(ray.shutdown)
+        for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
+            signal.signal(number, handler)
+        yield ray
+
+
+def _node_here(address: str) -> bool:
+    """Whether a node of that cluster is seen on this machine; one in another container is not."""
+    host, _, port = address.rpartition(":")
+    hosts = ".*" if host in ("127.0.0.1", "localhost") else f"({re.escape(host)}|127.0.0.1)"
+    raylets = (p.info["cmdline"] or () for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet")
+    return any(re.fullmatch(f"--gcs-address={hosts}:{re.escape(port)}", word) for words in raylets for word in words)
+
+
+def _options(address: str | None) -> dict[str, Any]:
+    if address:  # the nodes need the environment, not this checkout: the code travels with the job
+        return {"address": address, "runtime_env": {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}}
+    own = {"object_store_memory": STORE_BYTES, "resources": gpus.resources()}
+    return {**own, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+
+
+def _join(address: str, folder: str) -> None:
+    """Make this driver's place a node of the cluster, without cores: a driver speaks to it through a node beside it.
+
+    Raises ConnectionError if no cluster answers there.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=5).close()  # Ray would try for minutes
+    command = [*_ray_start(f"--address={address}"), f"--temp-dir={folder}", "--num-cpus=0", "--num-gpus=0"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except subprocess.SubprocessError as error:
+        raise ConnectionError from error
+
+
+def authenticate() -> None:
+    """Show the cluster RAY_AUTH_TOKEN, if there is one. Left to itself, Ray goes by what happens to lie in the home folder."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if os.environ.get("RAY_AUTH_TOKEN") else "disabled")
+
+
+def node_command(address: str | None) -> list[str]:
+    """`ray start` for this machine with its GPUs and NVLink pairs: a node of the cluster at that address, else a head."""
+    where = ["--head", f"--port={PORT}", "--include-dashboard=true"] if not address else [f"--address={address}"]
+    return [*_ray_start(*where), f"--resources={json.dumps(gpus.resources())}", "--block"]
+
+
+def _ray_start(*where: str) -> list[str]:
+    ip = os.environ.get("NODE_IP")  # of a machine with several; Ray takes the one that leads to the internet
+    own = [f"--node-ip-address={ip}"] if ip else []
+    ray = str(Path(sys.executable).with_name("ray"))
+    return [ray, "start", *where, *own, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Become the node. A head without RAY_AUTH_TOKEN makes one: whoever reaches a Ray cluster without may run what he likes."""
+    parse(arguments("experiments.cluster.local_ray", "Make this machine a node of a Ray cluster, until interrupted."), argv)
+    os.environ.update(QUIET)
+    address = os.environ.pop("RAY_ADDRESS", None)
+    if not address and not os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    authenticate()
+    if address:
+        result(RAY_ADDRESS=address)
+    else:
+        ip, token = os.environ.get("NODE_IP") or "ADDRESS OF THIS MACHINE", os.environ["RAY_AUTH_TOKEN"]
+        console.print(f"on the others, and for runs: export RAY_AUTH_TOKEN={token} RAY_ADDRESS={ip}:{PORT}")
+        result(RAY_AUTH_TOKEN=token, RAY_ADDRESS=f"{ip}:{PORT}")
+    sys.stdout.flush()
+    if console.quiet:  # Ray's own words, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    command = node_command(address)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A figure on a testbed: what is done, what is owed, how long that takes on the nodes at hand."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.cluster.placement import GIB, Node, Slot, choose_machines, foretell, makespan
+from experiments.machine import doctor
+from experiments.machine.gpus import check_gpu_memory, resources
+from experiments.records.errors import SpecError
+from experiments.records.metrics import of_phase, point_phase, saturation_throughput
+from experiments.records.provenance import commit, identity, machine, sha256
+from experiments.records.store import Run, read_trial
+from experiments.simulator.cost_model import CALIBRATIONS
+from experiments.simulator.estimate import session_seconds
+from experiments.spec.expand import SATURATION, LoadPoint, Session, expand, saturation_sessions
+from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, load_figure, path_of
+from experiments.spec.workload import choose_trace
+
+MB_PER_TRIAL = 0.02  # of files that say what it was; a pass of 9a is little more
+MB_PER_REQUEST = 0.0012  # of a serving trial at the paper's lengths, most of it the times of its tokens
+SLOTS_SHOWN = 24  # of a plan; the rest is a number
+
+
+class Plan:
+    """A figure on a testbed, with what is done and what is owed."""
+
+    def __init__(self, figure: str, testbed: str, replicates: int | None, out: Path, trace: str | None = None) -> None:
+        self.figure, self.figure_path, self.replicates = load_figure(figure), path_of(figure, FIGURES), replicates
+        self.testbed, self.reason = doctor.choose_testbed(testbed, out)
+        self.testbed_path = path_of(testbed if testbed != "auto" else self.testbed.testbed, TESTBEDS)
+        serving = isinstance(self.figure, ServingFigure)
+        self.trace = choose_trace(trace, max_total=self.figure.max_model_len) if serving else None
+        inputs = {"trace": self.trace.sha256} if self.trace else {}
+        if self.testbed.platform == "simulated":
+            inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in (self.testbed.calibrations or {}).values()}
+        folder = out / f"{self.figure.figure}-{self.testbed.testbed}"
+        self.run = Run(folder, identity(self.figure_path, self.testbed_path, inputs))
+        self.saturation = saturation_sessions(self.figure, self.testbed)
+        self.measured: dict[str, float] = {}  # model -> saturation throughput, requests per second
+        self.sessions = self.expand()
+        gpu_gib, on_gpus = self.testbed.requires.gpu_memory_gib, self.testbed.platform == "cuda"
+        self.memory = {s.model: check_gpu_memory(s.engine, gpu_gib) for s in self.sessions if on_gpus}
+        self.not_run = [panel.model for panel in self.figure.panels if panel.model not in self.testbed.models]
+
+    def expand(self) -> list[Session]:
+        """The sessions; those that measure the saturation throughput come apart, first."""
+        for session in self.saturation:
+            if path := self.run.find(session.name, SATURATION):
+                facts, record = read_trial(path)
+                self.measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
+        return expand(self.figure, self.testbed, self.replicates, self.measured)
+
+    @property
+    def all_sessions(self) -> list[Session]:
+        """Those that measure the saturation throughput included."""
+        return [*self.saturation, *self.sessions]
+
+    def owed(self) -> dict[str, list[str]]:
+        """Session -> trials that are not there yet."""
+        done = self.run.complete()
+        missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in self.all_sessions}
+        return {name: trials for name, trials in missing.items() if trials}
+
+    def _fixed_machines(self) -> dict[str, str]:
+        """Model -> the type of machine that its finished trials are of: the others must be of it too."""
+        found: dict[str, str] = {}
+        for session in self.all_sessions:
+            for trial in session.trials:
+                if session.model not in found and (path := self.run.find(session.name, trial.name)):
+                    found[session.model] = json.loads((path / "trial.json").read_text())["machine"]["type"]
+        return found
+
+    def schedule(self, nodes: Sequence[Node], totals: Mapping[str, float]) -> tuple[list[Slot], dict[str, str]]:
+        """What is owed (session -> seconds), placed on these nodes, and the type of machine for each model.
+
+        Saturation comes first, as the rates of all else rest on it. Raises SpecError for a session that no node could hold.
+        """
+        first, rest = ([s for s in stage if s.name in totals] for stage in (self.saturation, self.sessions))
+        machines = choose_machines([*first, *rest], totals, nodes, self._fixed_machines())
+        slots = foretell(first, totals, nodes, machines)
+        return [*slots, *foretell(rest, totals, nodes, machines, makespan(slots))], machines
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as data: what the run will be, for people's scripts and for the bag."""
+        return {
+            **{name: getattr(self.testbed, name) for name in ("testbed", "platform", "scale", "may_preempt")},
+            "figure": self.figure.figure,
+            "title": self.figure.title,
+            "testbed_title": self.testbed.title,
+            "identity": self.run.identity,
+            "commit": commit(),
+            "requires": asdict(self.testbed.requires),
+            "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
+            "sessions": {s.name: [t.name for t in s.trials] for s in self.all_sessions},
+            "not_run": self.not_run,
+        }
+
+    def outlook(self, owed: Mapping[str, Sequence[str]], nodes: Sequence[Node] = ()) -> dict[str, Any]:
+        """What is owed as data, with its schedule on these nodes if they are given: times in seconds, disk in MB.
+
+        A session's `seconds` are those of loading its engine and of each trial; `basis` is what they rest on.
+        """
+        seconds, basis = session_seconds(self.figure, self.testbed, self.replicates, self.measured, owed, self.trace)
+        totals = {name: sum(own.values()) for name, own in seconds.items()}
+        points = [point for session in self.all_sessions for trial in session.trials for point in trial.points]
+        served = sum(point.requests for point in points if isinstance(point, LoadPoint))
+        trials, slots, problem = sum(len(session.trials) for session in self.all_sessions), list[Slot](), None
+        if nodes and self.testbed.platform != "simulated":
+            try:
+                slots, _ = self.schedule(nodes, totals)
+            except SpecError as error:
+                problem = str(error)
+        unplaced: dict[str, Any] = {"node": None, "start_s": None, "end_s": None}
+        sessions = [asdict(slot) for slot in slots] or [{"session": name, **unplaced} for name in seconds]
+        gpus = {s.name: s.engine.tensor_parallel if self.testbed.platform == "cuda" else 0 for s in self.all_sessions}
+        return {
+            "figure": self.figure.figure,
+            "testbed": self.testbed.testbed,
+            "sessions": [session | {"seconds": seconds[session["session"]]} for session in sessions],
+            "nodes": {node.name: node.machine for node in nodes},
+            "trials": trials,
+            "trials_to_run": sum(map(len, owed.values())),
+            "makespan_s": makespan(slots) or sum(totals.values()),
+            "gpu_hours": sum(gpus[name] * total for name, total in totals.items()) / 3600,
+            "disk_mb": trials * MB_PER_TRIAL + served * MB_PER_REQUEST / self.testbed.scale,
+            "basis": basis,
+            "no_schedule": problem,
+        }
+
+    def text(self, outlook: Mapping[str, Any]) -> str:
+        """An outlook for people."""
+        models = Counter(session.model for session in self.sessions)
+        placed = [each for each in outlook["sessions"] if each["node"]]
+        hours = f", {outlook['gpu_hours']:.1f} GPU hours" if self.testbed.platform == "cuda" else ""
+        where = f" on {len(outlook['nodes'])} nodes" if len(outlook["nodes"]) > 1 and placed else ""
+        cost = f"{outlook['makespan_s'] / 60:.1f} min{where}{hours} ({outlook['basis']}), {outlook['disk_mb']:.1f} MB of disk"
+        lines = [
+            f"figure    {self.figure.figure}: {self.figure.title}",
+            f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
+            *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in models.items()),
+            *(f"model     {model}: not on this testbed" for model in self.not_run),
+            *([f"trace     {self.trace.name} ({self.trace.kind}, {len(self.trace.prompt):,} requests)"] if self.trace else []),
+            *(f"memory    {model}: {line}" for model, line in self.memory.items()),
+            f"trials    {outlook['trials']} in all, {outlook['trials_to_run']} to run",
+            *([f"schedule  none here: {outlook['no_schedule']}"] if outlook["no_schedule"] else []),
+            f"estimate  {cost}; nothing to attend to",
+            *map(_slot_line, placed[:SLOTS_SHOWN]),
+            *([f"          and {len(placed) - SLOTS_SHOWN} sessions more"] if len(placed) > SLOTS_SHOWN else []),
+            f"outputs   {self.run.folder}",
+        ]
+        return "\n".join(lines)
+
+
+def _slot_line(slot: Mapping[str, Any]) -> str:
+    times = (int(slot["start_s"]), int(slot["end_s"]))
+    when = " to ".join(f"{t // 3600}:{t // 60 % 60:02}:{t % 60:02}" for t in times)
+    each = " + ".join(f"{seconds:.0f}" for seconds in slot["seconds"].values())
+    return f"  {slot['node']:8}{when}  {slot['session']} ({each} s)"
+
+
+def local_node() -> Node:
+    """This machine, as a cluster of one."""
+    here = machine()
+    return Node("", "node-1", here["type"], {"CPU": float(here["cores"]), "memory": here["memory_gib"] * GIB, **resources()})

@@ -1,0 +1,114 @@
+"""GPUs: what a model takes of their memory, and which a session gets.
+
+Ray's own GPU count would hand out any two. So each GPU is a Ray resource of its own, and so is each pair joined by NVLink.
+`python -m experiments.machine.gpus` prints a node's resources as JSON for `ray start`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+from experiments.records.errors import SpecError
+from experiments.records.provenance import gpus
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.simulator.cost_model import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
+from experiments.spec.spec import EngineSettings, load_model
+
+GPU, PAIR = "gpu-", "nvlink-"  # gpu-0, nvlink-0-1: numbers as nvidia-smi counts
+RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, CUDA graphs: a round figure, not measured here
+
+
+def nvlink_pairs(topology: str) -> list[tuple[int, int]]:
+    """Pairs of GPUs joined by NVLink, no GPU in two, most links first; from the matrix that `nvidia-smi topo -m` prints."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", topology)
+    header, *rows = [line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)] or [[]]
+    numbers = [int(cell[3:]) for cell in header if re.fullmatch(r"GPU\d+", cell)]
+    links = []
+    for first, row in zip(numbers, rows, strict=False):
+        for second, cell in zip(numbers, row[1:], strict=False):
+            if first < second and re.fullmatch(r"NV\d+", cell):
+                links.append((-int(cell[2:]), first, second))
+    pairs: list[tuple[int, int]] = []
+    for _, first, second in sorted(links):
+        if not {first, second} & set(chain(*pairs)):
+            pairs.append((first, second))
+    return pairs
+
+
+def resources() -> dict[str, float]:
+    """Ray resources of this machine; empty without GPUs. CUDA_VISIBLE_DEVICES narrows them, if it holds numbers."""
+    numbers = set(range(len(gpus())))
+    if visible := re.fullmatch(r"\d+(,\d+)*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        numbers &= set(map(int, visible[0].split(",")))
+    if not numbers:
+        return {}
+    printed = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False).stdout
+    pairs = [f"{PAIR}{a}-{b}" for a, b in nvlink_pairs(printed) if {a, b} <= numbers]
+    return dict.fromkeys([*(f"{GPU}{number}" for number in sorted(numbers)), *pairs], 1.0)
+
+
+def places(tensor_parallel: int, total: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """The sets of a node's Ray resources that a session of this tensor-parallel size may take; empty if there is none.
+
+    One GPU, those in no pair first; or a pair joined by NVLink with both its GPUs. Larger sizes have no place.
+    """
+    pairs = [name for name in sorted(total) if name.startswith(PAIR)]
+    both = [tuple(GPU + number for number in name.removeprefix(PAIR).split("-")) for name in pairs]
+    if tensor_parallel == 2:
+        return [(pair, *members) for pair, members in zip(pairs, both, strict=True)]
+    unpaired_first = sorted((name in chain(*both), name) for name in total if name.startswith(GPU))
+    return [(name,) for _, name in unpaired_first] if tensor_parallel == 1 else []
+
+
+def devices(names: Iterable[str]) -> str:
+    """CUDA_VISIBLE_DEVICES of a session that took these resources."""
+    return ",".join(name.removeprefix(GPU) for name in names if name.startswith(GPU))
+
+
+def gpu_memory_gib(settings: EngineSettings) -> dict[str, float]:
+    """GiB per GPU that an engine must have: weights, activations of the largest step, KV of the longest request, a reserve.
+
+    Activations per token: residual, hidden state, attention in and out (4 x hidden), gate, up and their product (3 x
+    intermediate, divided by tensor parallelism); logits in float32 of a full batch. Our own count, checked on no GPU.
+    """
+    shape, shards = load_model(settings.model), settings.tensor_parallel
+    per_token = (4 * shape["hidden_size"] + 3 * shape["intermediate_size"] / shards) * DTYPE_BYTES[settings.dtype]
+    return {
+        "weights": weight_bytes(shape, shards, settings.dtype) / 2**30,
+        "activations": (settings.max_budget * per_token + 4 * settings.max_batch * shape["vocab_size"]) / 2**30,
+        "longest request": settings.max_model_len * kv_bytes_per_token(shape, shards, settings.dtype) / 2**30,
+        "reserve": RESERVED_GIB,
+    }
+
+
+def check_gpu_memory(settings: EngineSettings, gpu_gib: float) -> str:
+    """What an engine takes of a GPU of that size, in a line. Raises SpecError if it is too much, before anything is loaded."""
+    needs, share = gpu_memory_gib(settings), settings.gpu_memory_utilization or 1.0
+    have, total = gpu_gib * share, sum(needs.values())
+    parts = " + ".join(f"{gib:.1f} {name}" for name, gib in needs.items())
+    if total > have:
+        raise SpecError(
+            f"{settings.model}: GPU memory: got {parts} = {total:.1f} GiB per GPU; allowed: {have:.1f}, "
+            f"{share:g} of {gpu_gib:g}; use shorter prompts, or more or larger GPUs"
+        )
+    return f"{parts} GiB of {have:.1f} per GPU"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the resources, with or without --json."""
+    parse(arguments("experiments.machine.gpus", "A node's resources as JSON for `ray start`."), argv)
+    found = resources()
+    console.print(json.dumps(found))
+    result(**found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Where a record comes from: code, environment, machine. No user or host names: reviews are double-blind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "experiments"
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tree_digest(paths: list[Path]) -> str:
+    lines = [f"{sha256(path)}  {path.relative_to(ROOT).as_posix()}\n" for path in sorted(paths)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def identity(figure: Path, testbed: Path, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal for two runs to be joined: hashes of code, locks, figure, testbed and of further inputs.
+
+    Not the commit: a change of documentation does not make old measurements unlike.
+    """
+    return {
+        "experiments": _tree_digest([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json")]),
+        "locks": _tree_digest(list((ROOT / "docker").glob("*.lock"))),
+        "figure": sha256(figure),
+        "testbed": sha256(testbed),
+        **inputs,
+    }
+
+
+def short(identity: Mapping[str, str]) -> str:
+    """Eight hex digits that name an identity."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def commit() -> dict[str, Any]:
+    """The commit and whether the tree differs from it; in an image, where there is no history, what was passed in."""
+    if value := os.environ.get("ARTIFACT_COMMIT"):
+        return {"commit": value.removesuffix("-dirty"), "modified": value.endswith("-dirty")}
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return {"commit": None, "modified": None}
+    asked = (["git", "-C", str(ROOT), *words] for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    head, status = (subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() for words in asked)
+    return {"commit": head or None, "modified": bool(status)}
+
+
+def sbom() -> dict[str, Any]:
+    """The Python environment as a bill of materials, CycloneDX 1.6: every distribution by its package URL."""
+    python = {"type": "platform", "name": platform.python_implementation(), "version": platform.python_version()}
+    components = {"": python}
+    for dist in metadata.distributions():  # twice those in a folder that is on the path twice
+        name = re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower()
+        purl = f"pkg:pypi/{name}@{quote(dist.version, safe='')}"
+        components[purl] = {"type": "library", "name": name, "version": dist.version, "purl": purl, "bom-ref": purl}
+    subject = {"type": "application", "name": "chunked-prefill-artifact", "bom-ref": "artifact"}
+    found = [components[purl] for purl in sorted(components)]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": subject},
+        "components": found,
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """GPUs as nvidia-smi lists them: name, memory in MiB, driver version; empty where there is no nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.count(",") == 3]
+    return [
+        {"name": name, "memory_mib": int(size), "used_mib": int(used), "driver": driver} for name, size, used, driver in rows
+    ]
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The hardware and system a session runs on, in a container also its image; memory in GiB.
+
+    Its `type` is what replicates of a point must share.
+    """
+    cards, listed = gpus(), Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(\S.*)", listed.read_text() if listed.exists() else "", re.M)
+    cpu = named[1].strip() if named else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return {
+        "type": f"{cards[0]['name']} x {len(cards)}" if cards else f"{cpu} x {cores}",
+        "cpu": cpu,
+        "cores": cores,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [card["name"] for card in cards],
+        "driver": cards[0]["driver"] if cards else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "image": os.environ.get("ARTIFACT_IMAGE") or None,
+        "base": os.environ.get("ARTIFACT_BASE") or None,
+        "devices": sorted(path.as_posix() for path in Path("/dev").glob("nvidia[0-9]*")),
+    }

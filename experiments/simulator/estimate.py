@@ -1,0 +1,136 @@
+"""How long sessions take, and how heavy the paper's loads are: both from the simulator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.engine.session import phases_of
+from experiments.records.errors import SpecError
+from experiments.records.metrics import of_phase, point_phase, saturation_throughput
+from experiments.records.provenance import machine, sha256
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.simulator.cost_model import CALIBRATIONS, load_calibration
+from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
+from experiments.spec.spec import MODELS, EngineSettings, Figure, Testbed, load_figure, load_testbed
+from experiments.spec.workload import Trace, synthetic_trace
+
+HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never in git
+
+
+def made_on(settings: EngineSettings) -> dict[str, str]:
+    """What must be the same for a calibration from make calibrate to hold: machine, model shape, dtype, threads, GPUs."""
+    return {
+        "machine": machine()["type"],
+        "model": sha256(MODELS / f"{settings.model}.json"),
+        "dtype": settings.dtype,
+        "threads": str(settings.threads),
+        "tensor_parallel": str(settings.tensor_parallel),
+    }
+
+
+def calibration_here(testbed: str, settings: EngineSettings) -> Path | None:
+    """Where the calibration of this machine and model lies; None if there is none, or it was made under other conditions."""
+    path = HERE / f"{testbed}-{settings.model}.yaml"
+    return path if path.is_file() and load_calibration(str(path)).made_on == made_on(settings) else None
+
+
+def calibrated(session: Session) -> Session:
+    """The session with this machine's calibration where there is one, else with what its testbed names, if it names any."""
+    path = calibration_here(session.testbed, session.engine)
+    return replace(session, engine=replace(session.engine, calibration=str(path))) if path else session
+
+
+def simulated_trial_seconds(session: Session, trial: Trial, trace: Trace | None) -> float:
+    """Virtual seconds of a trial. Raises SpecError where no calibration covers the session's model and machine."""
+    phases, _ = phases_of(session, trial, trace)
+    steps = simulated_engine(session.engine, session.seed).run(phases, session.time_limit_s).steps
+    return float((steps["start_s"] + steps["seconds"]).iloc[-1])
+
+
+def simulated_saturation(session: Session, trial: Trial, trace: Trace) -> float:
+    """Requests per second of a trial in which all requests arrive at once. Raises SpecError as above."""
+    phases, roles = phases_of(session, trial, trace)
+    record = simulated_engine(session.engine, session.seed).run(phases, 1e9)
+    return saturation_throughput(of_phase(record, point_phase(roles)))
+
+
+Seconds = dict[str, dict[str, float]]  # session -> trial -> seconds; the engine's loading is the trial LOAD
+LOAD = "load"
+
+
+def session_seconds(
+    figure: Figure,
+    testbed: Testbed,
+    replicates: int | None,
+    measured: Mapping[str, float],
+    owed: Mapping[str, Collection[str]],
+    trace: Trace | None,
+) -> tuple[Seconds, str]:
+    """Seconds of the owed trials (session -> names), and what that rests on.
+
+    Simulated where a calibration describes the machine, the saturation that `measured` does not hold yet included; where none
+    does, or it does not cover a step, a guess from the testbed's rough figures.
+    """
+    if testbed.platform == "simulated":
+        sessions = [session for session in expand(figure, testbed, replicates) if session.name in owed]
+        return {session.name: _guess(session, owed[session.name]) for session in sessions}, "to simulate"
+    first = [calibrated(session) for session in saturation_sessions(figure, testbed)]
+    rates, bases, known = dict(measured), set[str](), dict[tuple[str, object], float]()
+    for session in first:
+        if trace and session.engine.calibration and session.model not in rates:
+            with suppress(SpecError):
+                rates[session.model] = simulated_saturation(session, session.trials[0], trace)
+    found: Seconds = {}
+    for session in (*first, *map(calibrated, expand(figure, testbed, replicates, rates))):
+        own = {LOAD: testbed.estimate.load_s}
+        try:
+            for trial in (trial for trial in session.trials if trial.name in owed.get(session.name, ())):
+                key = session.model, trial.points[0] if trace else len(trial.points)  # seeds differ little
+                if key not in known:
+                    known[key] = simulated_trial_seconds(session, trial, trace)
+                own[trial.name] = known[key]
+        except SpecError:
+            found[session.name] = _guess(session, owed[session.name])
+            bases.add(f"a guess for {session.model}")
+        else:
+            if len(own) > 1:
+                found[session.name] = own
+                bases.add(f"{Path(str(session.engine.calibration)).stem}, simulated")
+    return found, "; ".join(sorted(bases))
+
+
+def _guess(session: Session, owed: Collection[str]) -> dict[str, float]:
+    return dict.fromkeys(owed, session.estimate_s / len(session.trials))
+
+
+def load_fractions(trace: Trace) -> dict[str, list[float]]:
+    """Model -> the QPS of Figure 9b as fractions of the simulated saturation throughput at the smallest chunk size."""
+    found = {}
+    for session in expand(load_figure("fig9b"), load_testbed("a100-sim"), replicates=1):
+        points = [point for trial in session.trials for point in trial.points if isinstance(point, LoadPoint)]
+        at_once = replace(min(points, key=lambda point: point.budget), rate=0.0)
+        saturation = simulated_saturation(session, Trial(SATURATION, (at_once,)), trace)
+        found[session.model] = [qps / saturation for qps in sorted({point.qps for point in points})]
+    return found
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the load fractions."""
+    parse(arguments("experiments.simulator.estimate", load_fractions.__doc__), argv)
+    trace = synthetic_trace()
+    found = load_fractions(trace)
+    for model, fractions in sorted(found.items()):
+        shown = ", ".join(f"{fraction:.2f}" for fraction in fractions)
+        console.print(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
+    result(trace=trace.name, load_fractions=found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

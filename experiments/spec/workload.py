@@ -1,0 +1,272 @@
+"""What is asked of an engine in Figure 9b: Poisson arrivals, request lengths from a trace, prompt token ids.
+
+Arrivals and lengths follow the original experiment to the last digit: microsoft/sarathi-serve, branch osdi-sarathi-serve,
+sarathi/benchmark/request_generator (synthetic_, poisson_request_interval_ and trace_request_length_generator.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import io
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from pydantic.dataclasses import dataclass as spec_dataclass
+
+from experiments.records.errors import SpecError
+from experiments.records.provenance import PACKAGE
+from experiments.records.record import Request
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.spec.spec import STRICT, read_spec
+
+TRACES = PACKAGE.parent / "artifacts" / "traces"
+SOURCE, TABLE = TRACES / "sharegpt.yaml", TRACES / "synthetic_sharegpt.csv"
+FETCHED = TRACES / "sharegpt.fetched.csv"  # never in git
+COLUMNS = ("num_prefill_tokens", "num_decode_tokens")
+MAX_TOKENS = 10_000_000  # of one request; far above any model, far below where float64 would blur the cut
+MAX_REQUESTS, MAX_SEED, TRACE_MAX = 1_000_000, 2**32 - 1, 8192  # the original's trace was filtered to 8192 tokens
+FIRST_ID = 3  # ids below are padding, start and end in the Llama vocabularies
+Kind = Literal["file", "fetched", "synthetic"]
+Lengths: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Request lengths in tokens, shape (requests,) each. `sha256` is the file's, or that of the drawn numbers."""
+
+    name: str
+    sha256: str
+    prompt: Lengths
+    output: Lengths
+    kind: Kind
+    duration_s: float | None = None  # of the run it was recorded in, where that is known
+
+
+@spec_dataclass(frozen=True, config=STRICT)
+class TraceSource:
+    """Where a trace can be fetched and how to know it."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[!-~]+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=1, le=1 << 30)]
+
+
+def _check(where: str, **ranges: tuple[float, float, float]) -> None:
+    for what, (value, low, high) in ranges.items():
+        if not low <= value <= high:  # also refuses NaN
+            raise SpecError(f"{where}: {what}: got {value}; allowed: {low:,} to {high:,}")
+
+
+def poisson_arrivals(qps: float, count: int, seed: int) -> npt.NDArray[np.float64]:
+    """Arrival times in seconds, shape (count,). The gaps are min(-ln(1-u)/qps, 3/qps); a gap precedes the first request.
+
+    Source: poisson_request_interval_generator.py, where u is Python's `random` that nothing else draws from. Raises SpecError.
+    """
+    _check("poisson_arrivals", qps=(qps, 1e-6, 1e6), count=(count, 1, MAX_REQUESTS), seed=(seed, 0, MAX_SEED))
+    uniform = random.Random(seed).random
+    longest = 1.0 / qps * 3.0  # rounded as the original rounds it: 3/qps differs in the last digit
+    return np.cumsum([min(-math.log(1.0 - uniform()) / qps, longest) for _ in range(count)])  # adds one after the other
+
+
+def trace_lengths(trace: Trace, count: int, seed: int, max_total: int) -> tuple[Lengths, Lengths]:
+    """The first `count` (prompt, output) lengths in tokens of the shuffled trace, shape (count,) each.
+
+    Source: trace_request_length_generator.py. Where prompt + output exceeds `max_total` both lose their share of the excess,
+    rounded up, but keep one token; then pandas' sample(frac=1, random_state=seed), which is this permutation. Raises SpecError
+    for a count above the trace's length (the original dies there: a trace is never used twice).
+    """
+    _check(trace.name, count=(count, 1, len(trace.prompt)), seed=(seed, 0, MAX_SEED), max_total=(max_total, 2, MAX_TOKENS))
+    both = np.stack([trace.prompt, trace.output])
+    total = both.sum(axis=0)
+    share = np.ceil(np.maximum(total - max_total, 0) * (both / total)).astype(np.int64)
+    prompt, output = np.maximum(both - share, 1)[:, np.random.RandomState(seed).permutation(len(total))[:count]]
+    return prompt, output
+
+
+def load_trace(path: Path, max_total: int | None = None, kind: Kind = "file") -> Trace:
+    """Read a CSV with the columns num_prefill_tokens and num_decode_tokens; others are ignored.
+
+    Raises SpecError naming file, row (the header is row 1), column and value for whatever is not a whole number of tokens from
+    1 to MAX_TOKENS, and for a row whose prompt + output exceeds `max_total` where that is given.
+    """
+    try:
+        data = path.read_bytes()
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        rows = [(f"{path}: row {reader.line_num}", fields) for fields in reader if fields]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not text in UTF-8 (byte {error.start})"
+        raise SpecError(f"{path}: cannot be read: {reason}; a CSV file is expected") from None
+    except csv.Error as error:
+        raise SpecError(f"{path}: row {reader.line_num}: not valid CSV: {error}") from None
+    if len(rows) < 2:
+        raise SpecError(f"{path}: got {'a header without rows' if rows else 'an empty file'}; allowed: at least one request")
+    header = [name.strip() for name in rows[0][1]]
+    for column in COLUMNS:
+        if header.count(column) != 1:
+            raise SpecError(f"{rows[0][0]}: got {','.join(header)[:60]!r}; allowed: a header with one column {column}")
+    pairs = [_lengths(where, header, fields, max_total or MAX_TOKENS) for where, fields in rows[1:]]
+    return _trace(path, data, pairs, kind)
+
+
+def load_bench_result(path: Path, max_total: int | None = None) -> Trace:
+    """Request lengths out of a result file that `vllm bench serve --save-result --save-detailed` wrote; failed requests are
+    left out. Raises SpecError naming the file, the key and what is wrong."""
+    try:
+        data = path.read_bytes()
+        found = json.loads(data)
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "not valid JSON"
+        raise SpecError(f"{path}: {reason}; a result file of vllm bench serve is expected") from None
+    for key in ("input_lens", "output_lens"):
+        values = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(values, list) or not all(type(n) is int and 0 <= n <= MAX_TOKENS for n in values):
+            came = "nothing" if values is None else repr(values)[:60]
+            raise SpecError(f"{path}: {key}: got {came}; allowed: a list of tokens, as vllm bench serve --save-detailed writes")
+    inputs, outputs = found["input_lens"], found["output_lens"]
+    pairs = [list(pair) for pair in zip(inputs, outputs, strict=False) if min(pair) > 0]
+    if len(inputs) != len(outputs) or not pairs:
+        came = f"{len(inputs)} and {len(outputs)} lengths, {len(pairs)} requests that gave tokens"
+        raise SpecError(f"{path}: input_lens, output_lens: got {came}; allowed: as many of each, at least one request")
+    if max_total and (longest := max(map(sum, pairs))) > max_total:
+        raise SpecError(f"{path}: input_lens + output_lens: got {longest} tokens; allowed: at most {max_total:,}")
+    duration = found.get("duration")
+    seconds = float(duration) if isinstance(duration, int | float) and 0 < duration < math.inf else None
+    return _trace(path, data, pairs, "file", seconds)
+
+
+def _trace(path: Path, data: bytes, pairs: list[list[int]], kind: Kind, seconds: float | None = None) -> Trace:
+    prompt, output = np.array(pairs, dtype=np.int64).T
+    return Trace(path.name, sha256(data).hexdigest(), prompt, output, kind, seconds)
+
+
+def describe_trace(trace: Trace) -> str:
+    """What was understood of a trace, in one line: requests, percentiles of lengths in tokens, duration where it is known."""
+    count = len(trace.prompt)
+    parts = [f"trace {trace.name} ({trace.kind}): {count:,} requests"]
+    for name, lengths in (("prompt", trace.prompt), ("output", trace.output)):
+        parts.append(f"{name} tokens " + ", ".join(f"P{p} {np.percentile(lengths, p):,.0f}" for p in (50, 90, 99)))
+    seconds = trace.duration_s
+    parts.append(f"served in {seconds:,.1f} s, {count / seconds:.2f} requests/s" if seconds else "no arrival times in it")
+    return "; ".join(parts)
+
+
+def _lengths(where: str, header: list[str], fields: list[str], limit: int) -> list[int]:
+    if len(fields) != len(header):
+        raise SpecError(f"{where}: got {len(fields)} fields; allowed: {len(header)}, as in the header")
+    texts = [fields[header.index(column)].strip() for column in COLUMNS]
+    for column, text in zip(COLUMNS, texts, strict=True):
+        if not re.fullmatch("[1-9][0-9]{0,7}", text):
+            raise SpecError(f"{where}: {column}: got {text[:60]!r}; allowed: a whole number from 1 to {MAX_TOKENS:,}")
+    if sum(pair := [int(text) for text in texts]) > limit:
+        raise SpecError(f"{where}: {' + '.join(COLUMNS)}: got {' + '.join(texts)} tokens; allowed: at most {limit:,}")
+    return pair
+
+
+def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
+    """A stand-in for the original's trace: inverse-CDF sampling from its percentiles. Raises SpecError.
+
+    Every row of the table is an equal share of the requests: the range of their prompts, then the deciles of their outputs.
+    Kolmogorov-Smirnov distance from the original: about 0.01 for each of prompt, output and total.
+    """
+    _check("synthetic_trace", count=(count, 1, MAX_REQUESTS), seed=(seed, 0, MAX_SEED))
+    table = np.loadtxt(TABLE, delimiter=",")
+    share, prompt_u, output_u = np.random.Generator(np.random.PCG64(seed)).random((3, count))
+    start = np.floor(share * len(table)) * table.shape[1]  # of the drawn row, in the table laid end to end
+    positions = np.stack([start + prompt_u, start + 2 + output_u * (table.shape[1] - 3)])
+    prompt, output = np.rint(np.interp(positions, np.arange(table.size), table.ravel())).astype(np.int64)
+    output = np.minimum(output, TRACE_MAX - prompt)
+    digest = sha256(np.stack([prompt, output]).tobytes()).hexdigest()
+    return Trace("synthetic-sharegpt", digest, prompt, output, "synthetic")
+
+
+def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int | None = None) -> Trace:
+    """The user's file if one is given, a CSV or a .json of vllm bench serve, else the fetched trace if there, else a synthetic.
+
+    max_total: what the model allows for prompt + output; a longer request in the user's file is an error. Raises SpecError.
+    """
+    if trace_file and trace_file.endswith(".json"):
+        return load_bench_result(Path(trace_file), max_total)
+    if trace_file:
+        return load_trace(Path(trace_file), max_total)
+    if not fetched.is_file():
+        return synthetic_trace()
+    digest, expected = sha256(fetched.read_bytes()).hexdigest(), read_spec(SOURCE, TraceSource).sha256
+    if digest != expected:
+        raise SpecError(f"{fetched}: sha256: got {digest}; allowed: {expected}; delete it, then fetch the trace again")
+    return load_trace(fetched, kind="fetched")
+
+
+def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:
+    """Download the trace to `target`, whole and with the right digest or not at all. Raises SpecError."""
+    source = read_spec(spec_yaml, TraceSource)
+    if target.is_file() and sha256(target.read_bytes()).hexdigest() == source.sha256:
+        return
+    try:
+        with urllib.request.urlopen(source.url, timeout=60) as answer:
+            data = answer.read(source.bytes + 1)  # no more than shows that it is too long
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.request.HTTPError):
+            error.close()
+        reason = " ".join(str(error).split())
+        raise SpecError(f"{source.url}: not fetched: {reason}; without it the trace is synthetic") from None
+    digest = sha256(data).hexdigest()
+    if digest != source.sha256:
+        raise SpecError(f"{source.url}: got sha256 {digest} of {len(data)} bytes; allowed: {source.sha256} of {source.bytes}")
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            part.write_bytes(data)
+            part.replace(target)
+    except OSError as error:
+        raise SpecError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def serving_requests(trace: Trace, qps: float, count: int, seed: int, max_total: int, scale: int = 1) -> tuple[Request, ...]:
+    """The requests of one trial of Figure 9b; the same arrivals, lengths and prompts for every chunk size.
+
+    A testbed's `scale` divides lengths, rounding up; prompt + output stays within max_total // scale. Raises SpecError.
+    """
+    prompt, output = trace_lengths(trace, count, seed, max_total)
+    _check("serving_requests", scale=(scale, 1, max_total // 2))
+    limit = max_total // scale
+    output = np.minimum(-(-output // scale), limit - 1)
+    prompt = np.minimum(-(-prompt // scale), limit - output)  # two roundings up can exceed the limit by one or two
+    seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64) >> np.uint64(1)  # 63 bits: fits an int64 column
+    return tuple(map(Request, *(column.tolist() for column in (poisson_arrivals(qps, count, seed), prompt, output, seeds))))
+
+
+def prompt_ids(request: Request, vocab_size: int) -> list[int]:
+    """Random token ids in [3, vocab_size), one per prompt token, drawn from the request's seed. Raises SpecError."""
+    _check("prompt_ids", vocab_size=(vocab_size, FIRST_ID + 1, 2**31))
+    generator = np.random.Generator(np.random.PCG64(request.seed))
+    ids: list[int] = generator.integers(FIRST_ID, vocab_size, request.prompt_tokens).tolist()
+    return ids
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fetch the original's trace, which is no part of the project; 0 when it is there, 2 with one line of reason when not."""
+    parse(arguments("experiments.spec.workload", main.__doc__), argv)
+    fetch_trace(SOURCE, FETCHED)
+    trace = choose_trace(None, FETCHED)
+    console.print(f"{FETCHED.name}: {len(trace.prompt):,} requests, sha256 {trace.sha256}")
+    result(trace=FETCHED.name, requests=len(trace.prompt), sha256=trace.sha256)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The search for capacities: against a machine whose capacity is known in closed form, and against the simulator's own laws."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from analysis.advise.advice import Case, advise, advise_rate, around, interval
+from analysis.advise.capacity import GRID, HIGHEST, LOWEST, Latency, Search, Setting, curve, latency
+from analysis.advise.recommend import case_of
+from experiments.records.errors import SpecError
+from experiments.records.metrics import serving_metrics
+from experiments.records.record import Phase, Record
+from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import expand
+from experiments.spec.spec import load_figure, load_testbed
+from experiments.spec.workload import serving_requests, synthetic_trace
+
+SETTING = Setting(512, 128)
+
+
+def power_law(setting: Setting, rate: float, seed: int) -> Latency:
+    """P99 TBT of rate x chunk size / 10,000 seconds, TTFT of the square root of the rate."""
+    return Latency(rate * setting.budget / 1e4, math.sqrt(rate), 0.001)
+
+
+@given(tbt=st.floats(1e-3, 1e2), ttft=st.floats(1e-2, 1e2), near=st.floats(1e-2, 1e2), budget=st.sampled_from([64, 512, 8192]))
+def test_capacity_of_a_power_law(tbt: float, ttft: float, near: float, budget: int) -> None:
+    """Between two rates of the grid the log ratio is interpolated, which is exact for power laws of one latency."""
+    known = min(tbt * 1e4 / budget, ttft**2)
+    assume(2.0 ** (LOWEST / GRID) < known < 2.0 ** (HIGHEST / GRID - 1))
+    found = Search(power_law).capacity(Setting(budget, 8), Latency(tbt, ttft), 0, near)
+    assert found.rate == pytest.approx(known, rel=0.02)
+    ratio = tbt * 1e4 / budget / ttft**2
+    assert found.bound_by == ("tbt_p99" if ratio < 1 else "ttft_p50") or abs(ratio - 1) < 0.1
+
+
+@given(limits=st.lists(st.floats(1e-2, 10), min_size=1, max_size=6), near=st.floats(0.1, 10))
+def test_what_was_seen_is_used_again_and_changes_nothing(limits: list[float], near: float) -> None:
+    served: list[tuple[Setting, float, int]] = []
+
+    def serve(setting: Setting, rate: float, seed: int) -> Latency:
+        served.append((setting, rate, seed))
+        return power_law(setting, rate, seed)
+
+    search = Search(serve)
+    together = [search.capacity(SETTING, Latency(limit), 0, near) for limit in limits]
+    assert together == [Search(power_law).capacity(SETTING, Latency(limit), 0, 1.0) for limit in limits]
+    assert len(served) == len(set(served))
+
+
+def test_nothing_and_everything_is_kept() -> None:
+    def stubborn(setting: Setting, rate: float, seed: int) -> Latency:
+        return Latency(0.5, 0.5, 0.0)
+
+    assert Search(stubborn).capacity(SETTING, Latency(0.4), 0).rate == 0.0
+    everything = Search(stubborn).capacity(SETTING, Latency(0.6), 0)
+    assert everything.bound_by == "nothing"
+
+
+def test_curve_of_a_power_law() -> None:
+    targets = [0.06, 0.1, 0.3]
+    found = curve(Search(power_law), SETTING, Latency(ttft_p50=math.sqrt(5.0)), 0, targets, near=1.0)
+    assert found == pytest.approx([min(5.0, target * 1e4 / 512) for target in targets], rel=0.03)
+
+
+def small_case(model: str = "mistral-7b", requests: int = 48) -> Case:
+    return dataclasses.replace(case_of(load_testbed("a100-sim"), model, synthetic_trace()), requests=requests)
+
+
+def record_of(model: str, rate: float, budget: int) -> Record:
+    session = next(s for s in expand(load_figure("fig9b"), load_testbed("a100-sim"), 1) if s.model == model)
+    requests = serving_requests(synthetic_trace(), rate, 48, 42, 8192)
+    return simulated_engine(session.engine, 42).run([Phase(budget, requests)], 1e9)
+
+
+def test_latency_is_that_of_the_metrics() -> None:
+    record = record_of("yi-34b", 1.0, 512)
+    known, found = serving_metrics(record), latency(record)
+    assert found.tbt_p99 == pytest.approx(known["tbt_p99"], rel=1e-12)
+    assert found.ttft_p50 == pytest.approx(known["ttft_p50"], rel=1e-12)
+    assert found.delay_p50 == pytest.approx(known["scheduling_delay_p50"], rel=1e-12)
+    cut = Record(record.requests, record.steps, record.tokens, truncated=True)
+    assert latency(cut).within(Latency(1e9))[0] == math.inf
+    assert latency(Record(record.requests, record.steps, pd.DataFrame({"request": [], "time_s": []}))).tbt_p99 == math.inf
+
+
+def test_a_slower_machine_is_a_faster_clock() -> None:
+    """The law that model_error rests on: steps f times as long at a rate = f times the latencies at f times the rate."""
+    case, f = small_case(), 1.1
+    slower = dataclasses.replace(
+        case.calibration,
+        overhead_s=f * case.calibration.overhead_s,
+        linear=dataclasses.replace(case.calibration.linear, seconds=tuple(f * s for s in case.calibration.linear.seconds)),
+        decode=dataclasses.replace(case.calibration.decode, seconds=tuple(f * s for s in case.calibration.decode.seconds)),
+        attention=dataclasses.replace(
+            case.calibration.attention,
+            flop_per_s=case.calibration.attention.flop_per_s / f,
+            kv_bytes_per_s=case.calibration.attention.kv_bytes_per_s / f,
+        ),
+    )
+    slow = dataclasses.replace(case, calibration=slower).search().serve(SETTING, 2.0, 42)
+    fast = case.search().serve(SETTING, 2.0 * f, 42).times(f)
+    assert dataclasses.astuple(slow) == pytest.approx(dataclasses.astuple(fast), rel=1e-6)
+
+
+def test_advice_is_the_best_of_an_exhaustive_search() -> None:
+    """Within the tie: no chunk size of the sweep carries 2 % more, and none smaller carries as much."""
+    for model, target in (("mistral-7b", 0.1), ("yi-34b", 0.2)):
+        case = small_case(model)
+        search = case.search()
+        advice = advise(case, search, Latency(target))
+        every = {s: search.capacity(s, Latency(target), 42).rate for s in case.settings_to_try()}
+        assert advice.best.rate >= max(every.values()) / 1.07  # the grid's 6 % and a little
+        assert advice.low < advice.value < advice.high
+        assert len(advice.per_seed) == len(case.seeds)
+        assert [o.setting.budget for o in advice.neighbours] == around(advice.best.setting.budget, [s.budget for s in every])
+
+
+def test_advice_at_a_fixed_rate() -> None:
+    case = small_case()
+    search = case.search()
+    by_ttft = advise_rate(case, search, Latency(0.1), 1.0)
+    assert by_ttft.goal == "ttft_p50"
+    assert by_ttft.best.latency.tbt_p99 <= 0.1
+    by_tbt = advise_rate(case, search, Latency(ttft_p50=1.0), 1.0)
+    assert by_tbt.goal == "tbt_p99"
+    assert by_tbt.best.latency.ttft_p50 <= 1.0
+    assert by_tbt.best.setting.budget <= by_ttft.best.setting.budget
+    with pytest.raises(SpecError, match=r"P99 TBT 0\.1 s.* at 50 requests/s: no chunk size keeps that; the closest is"):
+        advise_rate(case, search, Latency(0.1), 50.0)
+
+
+def test_impossible_targets_say_how_close_one_can_get() -> None:
+    case = small_case()
+    with pytest.raises(SpecError, match=r"0\.005 s.*even one request at a time; the closest is \d+ tokens: P99 TBT 0\.01"):
+        advise(case, case.search(), Latency(0.005))
+
+
+def test_interval() -> None:
+    mean, low, high = interval([1.0, 2.0, 4.0], 0.9, 1.1)
+    assert mean == pytest.approx(2.0)
+    assert low < 0.9 < 4.4 < high
+    assert interval([0.0, 1.0, 1.1], 0.9, 1.1)[1] == 0.0

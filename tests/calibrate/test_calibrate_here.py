@@ -1,0 +1,161 @@
+"""Calibration of this machine: the fit against known engines, real steps left to `make calibrate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from known_engine import DECODING, KNOWN, SETTINGS
+
+from experiments.calibrate import here as calibrate_here
+from experiments.calibrate.published import write
+from experiments.records.errors import SpecError
+from experiments.records.record import STEP_COLUMNS, Phase
+from experiments.simulator import estimate
+from experiments.simulator.cost_model import (
+    Calibration,
+    CostModel,
+    Jitter,
+    load_calibration,
+)
+from experiments.simulator.simulator import SimulatedEngine
+from experiments.spec.spec import EngineSettings, load_testbed
+
+
+@contextmanager
+def known_engines(settings: list[EngineSettings]) -> Iterator[list[Any]]:
+    """Stands in for engine_process.engines: the known engine in this process."""
+    yield [partial(_call, SimulatedEngine(settings[0], KNOWN, seed=5))]
+
+
+def _call(engine: SimulatedEngine, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(engine, *arguments)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_here, "engines", known_engines)
+        path = calibrate_here.calibrate(SETTINGS, DECODING, "cpu", tmp_path_factory.mktemp("here"))
+    return load_calibration(str(path))
+
+
+def test_a_short_run_finds_a_known_engine(found: Calibration) -> None:
+    assert found.loop.between_s == pytest.approx(KNOWN.loop.between_s, rel=0.01)
+    assert found.loop.request_s == pytest.approx(KNOWN.loop.request_s, rel=0.1)
+    assert found.loop.wake_s == pytest.approx(KNOWN.loop.wake_s, rel=0.1)
+    assert found.jitter.sigma == pytest.approx(KNOWN.jitter.sigma, rel=0.15)
+    assert found.jitter.decode_sigma == pytest.approx(KNOWN.jitter.decode_sigma, rel=0.15)
+    assert found.error.held_out < 0.07
+    assert found.block_size == 128
+    for step in ((2047, 0, 1, 2047 * 1024, 0), (48, 16, 1, 48 * 500, 16 * 300), (0, 1, 0, 0, 200), (0, 16, 0, 0, 16 * 1000)):
+        assert CostModel(found).step(*step) == pytest.approx(CostModel(KNOWN).step(*step), rel=0.08)
+
+
+def test_the_calibration_covers_what_the_testbed_asks() -> None:
+    """Within the range of the longest prompts and the fullest batch there can be."""
+    for settings, decoding in calibrate_here.settings_of(load_testbed("cpu")).values():
+        known = replace(KNOWN, models=(settings.model,))
+        record = SimulatedEngine(settings, known, seed=1).run(calibrate_here.calibration_phases(settings, decoding), 1e9)
+        steps, paused, _ = calibrate_here.observed(record)
+        valid = calibrate_here.fit_records(steps, settings, "x", "x", "x", 128).valid
+        longest, budget, batch = settings.max_model_len, settings.max_budget, settings.max_batch
+        last = min(budget, longest - 1)  # tokens of the largest step
+        assert valid.tokens == last
+        assert valid.decode_tokens == batch
+        assert valid.prefill_pairs >= last * (longest - 1 - last) + last * (last + 1) // 2
+        assert valid.decode_context >= batch * (decoding - 1)
+        assert len(paused) >= 10
+        assert record.steps["seconds"].sum() < 30  # at this made-up engine's speed, much like a real one's
+
+
+def test_first_steps_of_a_shape_and_after_a_pause_stand_apart() -> None:
+    record = SimulatedEngine(SETTINGS, replace(KNOWN, jitter=Jitter(0.0)), seed=1).run(
+        [Phase(64, calibrate_here.calibration_phases(SETTINGS, DECODING)[0].requests[:1])] * 2, 1e9
+    )
+    warm, paused, loop = calibrate_here.observed(record)
+    tokens = record.steps["prefill_tokens"] + record.steps["decode_tokens"]
+    assert len(warm) == len(record.steps) - tokens.nunique()
+    assert not len(paused)
+    assert (loop.between_s, loop.request_s, loop.wake_s) == (pytest.approx(4e-5), pytest.approx(5e-4), 0.0)
+
+
+def test_a_calibration_holds_where_it_was_made(found: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "HERE", tmp_path)
+    assert estimate.calibration_here("cpu", SETTINGS) is None
+    write(found, tmp_path / "cpu-mistral-7b-w8.yaml")
+    assert estimate.calibration_here("cpu", SETTINGS) == tmp_path / "cpu-mistral-7b-w8.yaml"
+    assert estimate.calibration_here("cpu", replace(SETTINGS, threads=2)) is None
+    assert estimate.calibration_here("cpu", replace(SETTINGS, model="yi-34b-w8")) is None
+    monkeypatch.setattr(estimate, "machine", lambda: {"type": "another"})
+    assert estimate.calibration_here("cpu", SETTINGS) is None
+
+
+def test_a_simulated_testbed_has_no_engine_to_calibrate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate_here.main(["--testbed", "a100-sim"]) == 2
+    assert capsys.readouterr().err == "error: --testbed: got a100-sim, which has no engine; allowed: a testbed with one\n"
+
+
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_the_command_speaks_json_or_not_at_all(
+    option: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(KNOWN, path := tmp_path / "known.yaml")
+    monkeypatch.setattr(calibrate_here, "calibrate", lambda *_: path)
+    assert calibrate_here.main(["--testbed", "cpu", option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == lines
+    assert all(json.loads(line)["calibrations"][SETTINGS.model]["path"] == str(path) for line in told)
+
+
+def records(count: int, seed: int, late: float = 0.0) -> pd.DataFrame:
+    """Steps of a known engine with jitter of 5 %."""
+    rng = np.random.default_rng(seed)
+    prefill = rng.integers(0, 2, count) * rng.integers(1, 500, count)
+    decodes = rng.integers(1, 17, count)
+    pairs = prefill * rng.integers(0, 1000, count) + prefill * (prefill + 1) // 2
+    context = decodes * rng.integers(1, 1000, count)
+    seconds = 2e-3 + 4e-5 * (prefill + decodes) + 2e-8 * pairs + 1e-4 * decodes + 1e-7 * context
+    seconds *= np.exp(rng.normal(0.0, 0.05, count)) * np.where(rng.random(count) < late, 4.0, 1.0)
+    steps = pd.DataFrame(0, index=range(count), columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS)
+    filled = {"seconds": seconds, "prefill_tokens": prefill, "decode_tokens": decodes, "prefill_pairs": pairs}
+    return steps.assign(**filled, decode_context=context, prefill_requests=(prefill > 0).astype(np.int64))
+
+
+@pytest.mark.parametrize("late", [0.0, 0.02])
+def test_fit_finds_a_known_engine(late: float, tmp_path: Path) -> None:
+    fitted = calibrate_here.fit_records(
+        records(1500, 1, late), SETTINGS, "here", "this machine", "600 made-up steps", block_size=128
+    )
+    unseen = records(1500, 2).query("prefill_pairs <= @fitted.valid.prefill_pairs")
+    unseen = unseen.query("prefill_tokens + decode_tokens <= @fitted.valid.tokens")
+    unseen = unseen.query("decode_context <= @fitted.valid.decode_context")
+    columns = ("prefill_tokens", "decode_tokens", "prefill_requests", "prefill_pairs", "decode_context")
+    predicted = np.array([CostModel(fitted).step(*row) for row in unseen[[*columns]].to_numpy().tolist()])
+    seconds = unseen["seconds"].to_numpy()
+    assert predicted.sum() == pytest.approx(seconds.sum(), rel=0.02)
+    assert np.abs(predicted / seconds - 1).mean() < 0.05  # jitter alone: 0.04
+    assert fitted.jitter.sigma == pytest.approx(0.05, rel=0.15)
+    assert fitted.jitter.tail_share == pytest.approx(late, abs=0.01)
+    assert fitted.error.held_out < 0.06 + 3 * late
+    path = tmp_path / "here.yaml"
+    write(fitted, path)
+    assert load_calibration(str(path)) == fitted
+
+
+def test_fit_refuses_what_it_cannot_fit() -> None:
+    steps = records(100, 1)
+    with pytest.raises(SpecError, match="fit_records: x: columns: got none named prefill_pairs; allowed: all of STEP_COLUMNS"):
+        calibrate_here.fit_records(steps.drop(columns="prefill_pairs"), SETTINGS, "here", "t", "x", 16)
+    with pytest.raises(SpecError, match=r"fit_records: x: got 59 steps, .* allowed: at least 60"):
+        calibrate_here.fit_records(steps[:59], SETTINGS, "here", "t", "x", 16)
+    with pytest.raises(SpecError, match=r"got 100 steps, 0 with prefill, 100 with decodes; allowed"):
+        calibrate_here.fit_records(steps.assign(prefill_tokens=0), SETTINGS, "here", "t", "x", 16)

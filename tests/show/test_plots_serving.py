@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import serving_run
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle, StepPatch
+
+from analysis.judge.load import Run, serving_trials
+from analysis.show import plots, plots_serving
+from experiments.records.metrics import NAMES
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return serving_run(replicates=3)
+
+
+def simulated(run: Run) -> Run:
+    return dataclasses.replace(run, plan={**run.plan, "platform": "simulated"})
+
+
+def panels(figure: Figure) -> dict[str, list[Rectangle]]:
+    """Title of each panel of Figure 9b, in one line -> its bars, TTFT first."""
+    found = {}
+    for panel in figure.subfigs:
+        bars = [patch for axes in panel.axes for patch in axes.patches if isinstance(patch, Rectangle)]
+        found[panel.get_suptitle().replace("\n", " ")] = bars
+    return found
+
+
+def test_intervals_are_those_of_the_logs_over_seeds(run: Run) -> None:
+    table = plots_serving.serving_intervals(run)
+    assert len(table) == 2 * 2 * 3
+    assert set(table["replicates"]) == {3}
+    point = table[(table["model"] == "yi-34b") & (table["qps"] == 0.55) & (table["chunk_size"] == "1024")].iloc[0]
+    trials = serving_trials(run)
+    same = (trials["model"] == "yi-34b") & (trials["qps"] == 0.55) & (trials["chunk_size"] == "1024") & ~trials["repeat"]
+    logs = np.log(trials[same]["ttft_p50"])
+    assert point["ttft_p50"] == pytest.approx(math.exp(logs.mean()))
+    half = 4.302653 * logs.std() / math.sqrt(3)  # t of 0.975 at two degrees of freedom, from a table
+    assert point["ttft_p50_low"] == pytest.approx(math.exp(logs.mean() - half), rel=1e-6)
+    assert point["ttft_p50_high"] == pytest.approx(math.exp(logs.mean() + half), rel=1e-6)
+    assert table[table["qps"] == 3]["chunk_size"].tolist() == ["256", "512", "1024"]
+
+
+def test_a_panel_for_each_model_and_qps_with_the_rate_that_was_run(run: Run) -> None:
+    figure = plots_serving.serving_figure(run)
+    assert figure.get_suptitle() == "fig9b on testbed cpu (synthetic; scale 1:8; trace synthetic-sharegpt)"
+    rates = {(row["model"], row["qps"]): row["rate"] for row in plots_serving.serving_intervals(run).to_dict("records")}
+    assert list(panels(figure)) == [
+        f"{model}, QPS {qps:g} ({rate:.2f} requests/s) cpu, lengths ÷ 8; 3 replicates, 95 % intervals"
+        for (model, qps), rate in rates.items()
+    ]
+    for panel in figure.subfigs:
+        assert [axes.get_ylabel() for axes in panel.axes] == ["P50 TTFT (ms)", "P99 TBT (ms)"]
+        assert all(axes.get_ylim()[0] == 0 for axes in panel.axes)
+    wanted = plots_serving.serving_intervals(run)
+    heights = [bar.get_height() for bars in panels(figure).values() for bar in bars]
+    expected = [1e3 * value for _, rows in wanted.groupby(["model", "qps"]) for name in NAMES for value in rows[name]]
+    assert heights == pytest.approx(expected)
+
+
+def test_a_chunk_size_has_the_colour_it_has_in_9a(run: Run) -> None:
+    for title, bars in panels(plots_serving.serving_figure(run)).items():
+        sizes = ("256", "512", "1024") if title.startswith("mistral") else ("512", "1024", "2048")
+        assert [to_hex(bar.get_facecolor()).upper() for bar in bars] == [plots.COLOURS[size] for size in sizes] * 2
+    free = {plots_serving.PREFILL_COLOUR, plots_serving.DECODE_COLOUR}
+    assert not free & set(plots.COLOURS.values())
+
+
+def test_a_simulated_run_says_so_and_is_hatched(run: Run) -> None:
+    pretended = simulated(run)
+    for title, bars in panels(plots_serving.serving_figure(pretended)).items():
+        assert title.startswith("SIMULATED: ")
+        assert {bar.get_hatch() for bar in bars} == {plots.HATCH}
+    others = [plots_serving.tradeoff_figure(pretended), plots_serving.tbt_figure(pretended, "yi-34b", 1.0)]
+    others.append(plots_serving.trial_figure(pretended, pretended.trials[0]))
+    for figure in others:
+        assert "SIMULATED" in figure.get_suptitle()
+        assert {axes.patch.get_hatch() for axes in figure.axes} == {plots.HATCH}
+    assert all(bar.get_hatch() is None for bars in panels(plots_serving.serving_figure(run)).values() for bar in bars)
+    assert "SIMULATED" not in plots_serving.tradeoff_figure(run).get_suptitle()
+
+
+def test_the_tradeoff_has_a_curve_per_qps_and_names_its_points(run: Run) -> None:
+    figure = plots_serving.tradeoff_figure(run)
+    mistral, yi = figure.axes
+    assert [text.get_text() for text in mistral.texts] == ["256", "512", "1024"] * 2
+    assert [text.get_text() for text in yi.texts] == ["512", "1024", "2048"] * 2
+    for axes in (mistral, yi):
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text().split(" (")[0] for text in legend.get_texts()] in (["QPS 1", "QPS 3"], ["QPS 0.55", "QPS 1"])
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("P99 TBT (ms)", "P50 TTFT (ms)")
+        assert len(axes.containers) == 6  # a point with its error bars for each chunk size and QPS
+
+
+def test_the_exceedance_of_four_values() -> None:
+    values, share = plots_serving.exceedance(np.array([3.0, 1.0, 4.0, 2.0]))
+    assert dict(zip(values, share, strict=True)) == {1.0: 0.75, 2.0: 0.5, 3.0: 0.25}
+    assert plots_serving.exceedance(np.array([1.0]))[0].size == 0
+    values, share = plots_serving.exceedance(np.arange(100_000.0))
+    assert len(values) <= plots_serving.CURVE_POINTS
+    np.testing.assert_allclose(share, 1 - (values + 1) / 100_000)
+    assert (values[0], values[-1]) == (0, 99_998)
+
+
+def test_the_tbt_figure_pools_the_seeds_and_ends_at_its_p99(run: Run) -> None:
+    axes = plots_serving.tbt_figure(run, "mistral-7b", 3.0).axes[0]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["chunk size 256", "chunk size 512", "chunk size 1024"]
+    curves = {str(line.get_label()): line for line in axes.lines}
+    medians = (
+        serving_trials(run).query("model == 'mistral-7b' and qps == 3 and not repeat").groupby("chunk_size")["tbt_p99"].median()
+    )
+    for size in ("256", "512", "1024"):
+        x, y = (np.asarray(data) for data in curves[f"chunk size {size}"].get_data())
+        assert (np.diff(y) < 0).all()
+        assert np.interp(0.01, y[::-1], x[::-1]) == pytest.approx(1e3 * medians[size], rel=0.1)
+
+
+def areas(patch: StepPatch) -> float:
+    values, edges, base = patch.get_data()
+    return float(((values - (0 if base is None else base)) * np.diff(edges)).sum())
+
+
+def test_a_trial_is_drawn_from_its_steps(run: Run) -> None:
+    trial = next(trial for trial in run.trials if trial.facts["trial"] == "qps1-chunk256")
+    figure = plots_serving.trial_figure(run, trial)
+    assert figure.get_suptitle().startswith("mistral-7b, chunk size 256, QPS 1 (3.33 requests/s), seed 42\n")
+    time, tokens, waiting = figure.axes
+    steps = trial.record.steps.iloc[trial.record.requests.query("phase == phase.max()")["first_step"].min() :]
+    decode, prefill = (patch for patch in tokens.patches if isinstance(patch, StepPatch))
+    assert areas(decode) == pytest.approx((steps["decode_tokens"] * steps["seconds"]).sum())
+    assert areas(prefill) == pytest.approx((steps["prefill_tokens"] * steps["seconds"]).sum())
+    assert [line.get_ydata()[0] for line in tokens.lines] == [32]  # type: ignore[index]
+    assert time.get_ylim()[1] > 1e3 * steps["seconds"].max()
+    assert waiting.get_xlabel() == "seconds since the first request arrived"
+    assert waiting.get_xlim()[0] <= 0
+
+
+def test_of_a_long_trial_the_middle_is_drawn_and_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots_serving, "MOST_STEPS", 100)
+    trial = run.trials[0]
+    figure = plots_serving.trial_figure(run, trial)
+    assert " steps " in figure.get_suptitle()
+    (_, patch, *_) = (patch for patch in figure.axes[1].patches if isinstance(patch, StepPatch))
+    assert len(patch.get_data()[0]) == 2 * 100 - 1  # every step and what lies between two
+
+
+def test_one_replicate_has_no_interval_and_says_so() -> None:
+    lone = serving_run(replicates=1)
+    assert plots_serving.serving_intervals(lone)[["ttft_p50_low", "tbt_p99_high"]].isna().all(axis=None)
+    assert all("1 replicate, no interval" in title for title in panels(plots_serving.serving_figure(lone)))
+    assert len(plots_serving.tradeoff_figure(lone).axes) == 2
+
+
+def test_where_nothing_finished_there_is_nothing_to_draw(run: Run) -> None:
+    silent = []
+    for trial in run.trials:
+        requests = trial.record.requests.assign(last_step=-1)
+        silent.append(dataclasses.replace(trial, record=dataclasses.replace(trial.record, requests=requests)))
+    nothing = dataclasses.replace(run, trials=tuple(silent))
+    assert plots_serving.serving_intervals(nothing).empty
+    assert panels(plots_serving.serving_figure(nothing)) == {"": []}
+    plots_serving.tradeoff_figure(nothing)
+
+
+def test_the_same_run_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        plots.save(plots_serving.serving_figure(run), tmp_path / name / "figure")
+        plots.save(plots_serving.tradeoff_figure(run), tmp_path / name / "tradeoff")
+        plots.save(plots_serving.tbt_figure(run, "yi-34b", 1.0), tmp_path / name / "tbt")
+        plots.save(plots_serving.trial_figure(run, run.trials[0]), tmp_path / name / "trial")
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_the_pictures_fit_the_page(run: Run) -> None:
+    for figure in (plots_serving.serving_figure(run), plots_serving.trial_figure(run, run.trials[0])):
+        assert figure.get_size_inches()[0] <= 7.0
+    assert plots_serving.tbt_figure(run, "yi-34b", 1.0).get_size_inches()[0] <= 3.6

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from known_engine import KNOWN, SETTINGS
+
+from experiments.calibrate.published import write
+from experiments.simulator import estimate
+from experiments.simulator.estimate import load_fractions, session_seconds, simulated_trial_seconds
+from experiments.spec.expand import expand
+from experiments.spec.spec import load_figure, load_testbed
+from experiments.spec.workload import synthetic_trace
+
+
+def test_the_cpu_testbed_meets_the_load_of_the_paper_in_simulation() -> None:
+    serving = load_testbed("cpu").serving
+    assert serving is not None
+    found = load_fractions(synthetic_trace())
+    assert set(found) == set(serving.load_fractions)
+    for model, fractions in found.items():
+        assert serving.load_fractions[model] == pytest.approx(fractions, abs=0.01)
+
+
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
+def test_the_command_speaks_json_or_not_at_all(option: str, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate.main([option]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == lines
+    assert all(set(json.loads(line)["load_fractions"]) == {"mistral-7b", "yi-34b"} for line in told)
+
+
+def test_a_pass_of_figure_9a_takes_what_the_published_one_took() -> None:
+    """Sixteen points and three probes on the paper's machine: the published times sum to 29.6 s, none of them calibrated on."""
+    session = next(s for s in expand(load_figure("fig9a"), load_testbed("a100"), 1) if s.model == "yi-34b-200k")
+    assert simulated_trial_seconds(session, session.trials[0], None) == pytest.approx(29.6, rel=0.1)
+
+
+def run_seconds(*arguments: object) -> tuple[float, str]:
+    """Of all sessions together."""
+    seconds, basis = session_seconds(*arguments)  # type: ignore[arg-type]
+    return sum(sum(trials.values()) for trials in seconds.values()), basis
+
+
+def owed(figure: str, testbed: str) -> dict[str, list[str]]:
+    sessions = expand(load_figure(figure), load_testbed(testbed), 1)
+    return {session.name: [trial.name for trial in session.trials] for session in sessions}
+
+
+def test_a_plan_for_the_papers_machine_is_simulated() -> None:
+    """One trial of fig9b lasts at least as long as its arrivals: 1024 requests at 3 per second."""
+    only = {"mistral-7b-seed42-chunk256": ["qps3-chunk256"]}
+    seconds, basis = run_seconds(load_figure("fig9b"), load_testbed("a100"), 1, {}, only, synthetic_trace())
+    assert basis == "a100-mistral-7b, simulated"
+    assert 1024 / 3 < seconds < 2 * 1024 / 3
+
+
+def test_a_plan_here_is_simulated_once_this_machine_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "HERE", tmp_path)
+    smoke, cpu, trials = load_figure("smoke"), load_testbed("cpu"), owed("smoke", "cpu")
+    guess, basis = run_seconds(smoke, cpu, 1, {}, trials, None)
+    assert basis == "a guess for mistral-7b"
+    known = replace(KNOWN, made_on=estimate.made_on(SETTINGS))
+    write(known, tmp_path / "cpu-mistral-7b-w8.yaml")
+    seconds, basis = run_seconds(smoke, cpu, 1, {}, trials, None)
+    assert basis == "cpu-mistral-7b-w8, simulated"
+    assert seconds != guess
+    slower = replace(known, overhead_s=known.overhead_s + 1.0)
+    write(slower, tmp_path / "cpu-mistral-7b-w8.yaml")
+    assert run_seconds(smoke, cpu, 1, {}, trials, None)[0] > seconds + 10
+
+
+def test_a_plan_simulates_the_saturation_that_is_not_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "HERE", tmp_path)
+    write(replace(KNOWN, made_on=estimate.made_on(SETTINGS)), tmp_path / "cpu-mistral-7b-w8.yaml")
+    trial = {"mistral-7b-seed42": ["qps1-chunk256"]}
+    cpu, trace = load_testbed("cpu"), synthetic_trace()
+    seconds, basis = run_seconds(load_figure("fig9b"), cpu, 1, {}, trial, trace)
+    assert basis == "cpu-mistral-7b-w8, simulated"
+    assert cpu.serving is not None
+    assert seconds - cpu.estimate.load_s == pytest.approx(cpu.serving.trial_seconds, rel=0.5)
+    told, _ = run_seconds(load_figure("fig9b"), cpu, 1, {"mistral-7b": 1000.0}, trial, trace)
+    assert told != seconds
+
+
+def test_a_plan_of_a_simulation_counts_seconds_of_computing() -> None:
+    seconds, basis = run_seconds(load_figure("fig9b"), load_testbed("a100-sim"), 5, {}, owed("fig9b", "a100-sim"), None)
+    assert basis == "to simulate"
+    assert seconds < 60
