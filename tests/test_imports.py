@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: rooms on floors, imports only downwards."""
+"""Imports between rooms and inside them run downwards; some libraries stay in their room. The floors are in rooms.py."""
 
 from __future__ import annotations
 
@@ -6,28 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from rooms import FLOORS, PICTURE, ROOM, ROOT, draw, imports, modules, name_of, purpose
 
-from experiments.records.provenance import ROOT
-
-# From the ground up. A room imports only from rooms before it, and a module of a room only from modules before it.
-FLOORS = {
-    "experiments.records": ["errors", "record", "provenance", "terminal", "metrics", "store", "crate"],
-    "experiments.spec": ["spec", "expand", "workload"],
-    "experiments.engine": ["session", "vllm_engine", "engine_process", "worker"],
-    "experiments.simulator": ["cost_model", "scheduler", "simulator", "estimate"],
-    "experiments.machine": ["gpus", "doctor"],
-    "experiments.calibrate": ["published", "here"],
-    "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
-    "experiments": ["run"],
-    "analysis.judge": ["load", "integrity", "archive", "stats", "gates", "claims", "verify"],
-    "analysis.show": [
-        "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views", "report", "export"
-    ],
-    "analysis.advise": ["capacity", "advice", "recommend", "paper_capacity", "validate"],
-}  # fmt: skip
-ORDER = [f"{room}.{module}" for room, modules in FLOORS.items() for module in modules]
-MODULES = sorted(path for folder in ("experiments", "analysis") for path in (ROOT / folder).rglob("*.py"))
-MODULES = [path for path in MODULES if path.name != "__init__.py"]
+ORDER = [*ROOM]
 ONLY_IN = {
     "vllm": {"experiments.engine.vllm_engine"},
     "torch": {"experiments.engine.vllm_engine"},
@@ -38,25 +19,11 @@ MAY_START_RUNS = {"analysis.advise.recommend", "analysis.advise.validate"}
 STARTS_RUNS = {"experiments.run", *(f"experiments.cluster.{name}" for name in ("cluster", "trials"))}
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
 def test_every_module_has_its_floor() -> None:
-    assert sorted(ORDER) == sorted(map(name_of, MODULES))
+    assert sorted(ORDER) == sorted(map(name_of, modules()))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_imports_run_downwards(path: Path) -> None:
     name, found = name_of(path), imports(path)
     upwards = {module for module in found if module in ORDER and ORDER.index(module) >= ORDER.index(name)}
@@ -69,9 +36,11 @@ def test_imports_run_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [room for room in FLOORS if "." in room])
-def test_a_room_says_what_it_is_for(room: str) -> None:
-    tree = ast.parse((ROOT / room.replace(".", "/") / "__init__.py").read_text())
-    said = ast.get_docstring(tree) or ""
-    assert len(tree.body) == 1, f"{room}: its __init__.py hands something on"
-    assert "In: " in said
-    assert "Out: " in said
+def test_a_room_says_what_it_is_for_and_hands_nothing_on(room: str) -> None:
+    assert "In: " in purpose(room)
+    assert "Out: " in purpose(room)
+    assert len(ast.parse((ROOT / room.replace(".", "/") / "__init__.py").read_text()).body) == 1
+
+
+def test_the_picture_is_drawn_from_this_source() -> None:
+    assert PICTURE.read_text() == draw(), "docs/rooms.svg is stale: python tests/rooms.py"

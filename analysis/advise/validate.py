@@ -101,7 +101,7 @@ def speeds(run: Run, calibrations: Mapping[str, Calibration]) -> dict[str, float
 
 
 def judge(table: pd.DataFrame) -> list[tuple[str, bool]]:
-    """Each target in a sentence with what came, and whether it is met."""
+    """Each target in a sentence with the value that was found, and whether it is met."""
     found = []
     for figure, rows in table[table["metric"] == STEP_TIME].groupby("figure", sort=False):
         measured, predicted = rows["measured"].sum(), rows["predicted"].sum()

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis.show.plots import COLOURS, PANEL_INCHES, entitle, log_ticks, styled
 
-# The paper's chunk sizes have their colours of every figure; others are greys, told apart by their dashes.
+# The paper's chunk sizes have their colours of every figure; others are greys with different dashes.
 OTHERS = ("#888888", "#BBBBBB")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 

@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"on the others, and for runs: export RAY_AUTH_TOKEN={token} RAY_ADDRESS={ip}:{PORT}")
         result(RAY_AUTH_TOKEN=token, RAY_ADDRESS=f"{ip}:{PORT}")
     sys.stdout.flush()
-    if console.quiet:  # Ray's own words, too
+    if console.quiet:  # what Ray prints, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     command = node_command(address)
     os.execv(command[0], command)

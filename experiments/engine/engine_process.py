@@ -47,7 +47,7 @@ def _ask(pipe: Connection, *job: Any) -> Any:
 def engines(settings: Sequence[EngineSettings]) -> Iterator[list[Callable[..., Any]]]:
     """One process per settings, all loaded. Yields a caller for each: call(f, *arguments) is f(engine, *arguments).
 
-    Raises EOFError if an engine dies; its own words are on standard error.
+    Raises EOFError if an engine dies; what it said is on standard error.
     """
     context = multiprocessing.get_context("spawn")
     started = []
