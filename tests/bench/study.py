@@ -217,7 +217,7 @@ def describe(table: pd.DataFrame, unprotected: pd.DataFrame, count: int, seed: i
         "Power of one ordering, first look / with a second, normal noise:\n",
         _power(table),
         f"At 10 %, 5 % and 6 replicates, first look: {required_power(table):.1%}; at least {POWER:.0%} is wanted.\n",
-        'The advice "about N replicates would settle it" of a first look at 5 replicates, and how often following it settled the claim:\n',
+        'The advice "about N replicates would settle it" of a first look at 5 replicates, and what following it gave:\n',
         _advice(table),
         "What no test over replicates protects from, orderings; these are outside the limits:\n",
         _unprotected(unprotected),
