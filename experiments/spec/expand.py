@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from experiments.records.errors import SpecError
-from experiments.spec.spec import EngineSettings, Figure, Panel, PrefillFigure, ServingFigure, Testbed, load_model
+from experiments.spec.spec import EngineSettings, Figure, Panel, PrefillFigure, ServingFigure, Testbed, load_model, name_of
 
 REPEAT = "-repeat"  # suffix of the first trial when it is run again at the end of its session
 SATURATION = "saturation"  # the trial that measures a model's saturation throughput
@@ -63,7 +63,7 @@ class Session:
     seed: int
     engine: EngineSettings
     trials: tuple[Trial, ...] = field(repr=False)
-    time_limit_s: float = 10800.0  # of a trial, the original's three hours
+    time_limit_s: float = 1800.0  # of a pass of 9a, which takes a minute at most; 9b states its own
     estimate_s: float = 0.0
     memory_gib: float = 0.0  # that it takes of its node
 
@@ -79,8 +79,6 @@ def expand(
     count = replicates if replicates is not None else figure.replicates or testbed.replicates
     if not 1 <= count <= len(figure.seeds):
         raise SpecError(f"replicates: got {count}; allowed: 1 to {len(figure.seeds)}, the seeds of {figure.figure}")
-    if len(set(figure.seeds)) != len(figure.seeds):
-        raise SpecError(f"{figure.figure}.seeds: got a seed twice; allowed: different seeds, or replicates are not independent")
     sessions: list[Session] = []
     for number, model in enumerate(panel.model for panel in figure.panels):
         if model in testbed.models:
@@ -165,7 +163,7 @@ def _session(figure: Figure, panel: Panel, testbed: Testbed, seed: int, trials: 
         seed=seed,
         engine=engine,
         trials=trials,
-        time_limit_s=getattr(testbed.serving or figure, "time_limit_s", Session.time_limit_s),
+        time_limit_s=(testbed.serving or figure).time_limit_s if isinstance(figure, ServingFigure) else Session.time_limit_s,
         estimate_s=_estimate(trials, testbed),
         memory_gib=testbed.session_memory_gib,
     )
@@ -210,7 +208,7 @@ def _serving_trials(figure: ServingFigure, number: int, testbed: Testbed, satura
         for size in panel.chunk_sizes:
             budget = _scaled(size or longest, testbed, f"{where}.chunk_sizes")
             point = LoadPoint(qps, size, rate, budget, requests, longest)
-            trials.append(Trial(f"qps{qps:g}-chunk{size or 'none'}", (point,)))
+            trials.append(Trial(f"qps{name_of(qps)}-chunk{size or 'none'}", (point,)))
     return trials
 
 

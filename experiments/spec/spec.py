@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from experiments.records.errors import SpecError
 
 FIGURES, TESTBEDS, MODELS = (Path(__file__).resolve().parent / name for name in ("figures", "testbeds", "models"))
 STRICT = ConfigDict(extra="forbid", strict=True)
+T = TypeVar("T")
 
 
 def _chunk_size(value: object) -> int | None:
@@ -30,14 +31,29 @@ def _chunk_size(value: object) -> int | None:
     raise ValueError("allowed: a number of tokens from 1 to 1,000,000, or unchunked")
 
 
+def name_of(value: object) -> str:
+    """What a chunk size, a length, a QPS or a panel is called in the names of sessions and trials."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(getattr(value, "model", "unchunked" if value is None else value))
+
+
+def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    """Sessions, trials and points go by these names: what is called the same would be measured once and counted twice."""
+    names = [name_of(value) for value in values]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"allowed: each once; {twice[0]} is there twice")
+    return values
+
+
 ChunkSize = Annotated[int | None, BeforeValidator(_chunk_size)]  # None: unchunked
+EachOnce = AfterValidator(_each_once)
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
-Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
-ChunkSizes = Annotated[tuple[ChunkSize, ...], Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1), EachOnce]
+ChunkSizes = Annotated[tuple[ChunkSize, ...], Field(min_length=1), EachOnce]
 Fractions = Annotated[tuple[Annotated[float, Field(gt=0, le=2)], ...], Field(min_length=1)]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,7 +79,7 @@ class PrefillFigure:
     max_batch: Count
     max_model_len: Count
     seeds: Counts
-    panels: Annotated[tuple[PrefillPanel, ...], Field(min_length=1)]
+    panels: Annotated[tuple[PrefillPanel, ...], Field(min_length=1), EachOnce]
     replicates: Count | None = None  # None: the testbed's
 
 
@@ -75,7 +91,7 @@ class ServingPanel:
     tensor_parallel: Count
     in_paper: bool
     chunk_sizes: ChunkSizes
-    qps: Annotated[tuple[Amount, ...], Field(min_length=1)]
+    qps: Annotated[tuple[Amount, ...], Field(min_length=1), EachOnce]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -91,7 +107,7 @@ class ServingFigure:
     max_model_len: Count
     time_limit_s: Amount
     seeds: Counts
-    panels: Annotated[tuple[ServingPanel, ...], Field(min_length=1)]
+    panels: Annotated[tuple[ServingPanel, ...], Field(min_length=1), EachOnce]
     replicates: Count | None = None
 
 

@@ -18,6 +18,7 @@ from experiments.spec.expand import expand
 from experiments.spec.spec import FIGURES, MODELS, TESTBEDS, load_figure, load_model, load_testbed
 
 GOOD = yaml.safe_load((FIGURES / "fig9a.yaml").read_text())
+SERVING = yaml.safe_load((FIGURES / "fig9b.yaml").read_text())
 GOOD_TESTBED = yaml.safe_load((TESTBEDS / "cpu.yaml").read_text())
 
 
@@ -56,7 +57,17 @@ MALFORMED = {
     "a tab": ("figure:\tfig9a\n\tkind: prefill\n", "line 1: not valid YAML"),
     "not YAML": ("figure: [fig9a\n", "not valid YAML"),
     "a key twice": ("figure: a\nfigure: b\n", "given twice"),
-    "a seed twice": (changed(GOOD, "seeds", [42, 42]), "a seed twice"),
+    "a seed twice": (changed(GOOD, "seeds", [42, 42]), "seeds: got [42, 42]; allowed: each once; 42 is there twice"),
+    "a chunk size twice": (
+        changed(GOOD, "panels.0.chunk_sizes", [512, 512]),
+        "panels.0.chunk_sizes: got [512, 512]",
+    ),
+    "unchunked twice": (changed(GOOD, "panels.0.chunk_sizes", ["unchunked"] * 2), "each once; unchunked is there twice"),
+    "a length twice": (changed(GOOD, "panels.1.prompt_lengths", [4096, 4096]), "panels.1.prompt_lengths: got [4096, 4096]"),
+    "a model twice": (changed(GOOD, "panels", [GOOD["panels"][0]] * 2), "allowed: each once; yi-34b-200k is there twice"),
+    "a QPS twice": (changed(SERVING, "panels.0.qps", [1.0, 1]), "panels.0.qps: got [1.0, 1]; allowed: each once; 1 is there"),
+    "a QPS twice by name": (changed(SERVING, "panels.0.qps", [1.0, 1.0000001]), "allowed: each once; 1 is there twice"),
+    "a serving chunk size twice": (changed(SERVING, "panels.1.chunk_sizes", [512, 512]), "panels.1.chunk_sizes: got [512"),
     "wrong kind": (changed(GOOD, "kind", "train"), "kind: got 'train'"),
     "a date": ("figure: 2024-01-01\n", "missing"),
     "itself": ("&a\nfigure: *a\n", "not a plain mapping"),
@@ -192,3 +203,10 @@ def test_every_second_session_runs_the_order_of_the_one_before_backwards(figure:
         for first, second in zip(orders[0::2], orders[1::2], strict=True):
             assert second == first[::-1]
         assert orders[0] != orders[2]
+
+
+@pytest.mark.parametrize(("testbed", "limits"), [("cpu", {"serving": 120.0}), ("a100", {"serving": 10800.0})])
+def test_each_kind_of_figure_has_its_own_time_limit(testbed: str, limits: dict[str, float]) -> None:
+    """A pass of 9a on a slow machine is not cut by what a serving trial may take."""
+    found = {s.kind: s.time_limit_s for name in ("fig9a", "fig9b") for s in expand(load_figure(name), load_testbed(testbed), 1)}
+    assert found == {"prefill": 1800.0} | limits
