@@ -22,6 +22,7 @@ from experiments.records.provenance import sbom
 from experiments.records.store import to_json
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import SATURATION
 
 
 class Ticker(Progress):
@@ -40,7 +41,12 @@ class Ticker(Progress):
             super().stop()
 
     def store(self, found: TrialResult) -> None:
-        """Store it, and tell. The time left is the plan's at first, when loading weighs too much, later by what was seen."""
+        """Store it, and tell. The time left is the plan's at first, when loading weighs too much, later by what was seen.
+
+        A saturation trial that was cut short is not kept: it would be taken for a low throughput, and set every rate.
+        """
+        if found.trial == SATURATION and found.record.truncated:
+            return
         self.plan.run.write_trial(found.session, found.trial, found.facts, found.record)
         what, task = f"{found.session} {found.trial}", self.tasks[self.number]
         self.update(self.number, advance=1, description=what)
@@ -99,7 +105,7 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
             failed = run_sessions(ray, plan.saturation, *how)
             if not failed:
                 plan.sessions = plan.expand()
-                failed = run_sessions(ray, plan.sessions, *how)
+                failed = plan.unmeasured() or run_sessions(ray, plan.sessions, *how)
             return failed
 
 

@@ -31,7 +31,7 @@ from experiments.simulator.cost_model import load_calibration
 from experiments.simulator.estimate import calibration_here
 from experiments.spec.expand import FEWEST_REQUESTS, expand
 from experiments.spec.spec import MODELS, ServingFigure, Testbed, load_figure, read_yaml
-from experiments.spec.workload import Trace, choose_trace, describe_trace
+from experiments.spec.workload import Trace, check_requests, choose_trace, describe_trace
 
 SEEDS = 4
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
@@ -71,9 +71,7 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     sessions = {session.model: session for session in expand(figure, testbed, 1)}
     if model not in sessions:
         raise SpecError(f"MODEL: got {model!r}; allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}")
-    if (count := len(trace.prompt)) < FEWEST_REQUESTS:
-        least = f"at least {FEWEST_REQUESTS}, or there is no percentile to speak of"
-        raise SpecError(f"TRACE: {trace.name}: got {count} request{'s'[: count != 1]}; allowed: {least}")
+    check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
     settings = sessions[model].engine
     here = calibration_here(testbed.testbed, settings)
     if here is None and settings.calibration is None and make:
@@ -81,7 +79,7 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     name = str(here) if here else settings.calibration
     if name is None:
         raise SpecError(f"{model}: no calibration for testbed {testbed.testbed}; make calibrate makes one, on its machine")
-    requests = min(figure.requests, count)
+    requests = min(figure.requests, len(trace.prompt))
     return Case(sessions[model], load_calibration(name), trace, requests, figure.max_model_len, figure.seeds[:SEEDS])
 
 
@@ -144,7 +142,8 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
     loads = [Load(option.setting.budget, option.setting.max_batch, share * option.rate) for option in options]
     seconds = testbed.serving.trial_seconds if testbed.serving else TRIAL_SECONDS
     found = []
-    sessions = load_sessions(case.session, loads, seconds, case.max_total, testbed.switch_chunk_size)
+    most = len(case.trace.prompt)
+    sessions = load_sessions(case.session, loads, seconds, case.max_total, testbed.switch_chunk_size, most)
     for load, record in serve_loads(sessions, case.trace):
         setting, seen, count = Setting(load.budget, load.max_batch), latency(record), len(record.requests)
         predicted = replace(case, requests=count).search().serve(setting, load.rate, case.session.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from experiments.records.provenance import commit, identity, machine, sha256
 from experiments.records.store import Run, read_trial
 from experiments.simulator.cost_model import CALIBRATIONS
 from experiments.simulator.estimate import session_seconds
-from experiments.spec.expand import SATURATION, LoadPoint, Session, expand, saturation_sessions
-from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, load_figure, path_of
-from experiments.spec.workload import choose_trace
+from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
+from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of
+from experiments.spec.workload import Trace, check_requests, choose_trace
 
 MB_PER_TRIAL = 0.02  # of files that say what it was; a pass of 9a is little more
 MB_PER_REQUEST = 0.0012  # of a serving trial at the paper's lengths, most of it the times of its tokens
@@ -34,8 +34,10 @@ class Plan:
         self.figure, self.figure_path, self.replicates = load_figure(figure), path_of(figure, FIGURES), replicates
         self.testbed, self.reason = doctor.choose_testbed(testbed, out)
         self.testbed_path = path_of(testbed if testbed != "auto" else self.testbed.testbed, TESTBEDS)
-        serving = isinstance(self.figure, ServingFigure)
-        self.trace = choose_trace(trace, max_total=self.figure.max_model_len) if serving else None
+        self.trace = None
+        if isinstance(self.figure, ServingFigure):
+            self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
+            self.figure = drawn_from(self.trace, self.figure, self.testbed)
         inputs = {"trace": self.trace.sha256} if self.trace else {}
         if self.testbed.platform == "simulated":
             inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in (self.testbed.calibrations or {}).values()}
@@ -49,12 +51,24 @@ class Plan:
         self.not_run = [panel.model for panel in self.figure.panels if panel.model not in self.testbed.models]
 
     def expand(self) -> list[Session]:
-        """The sessions; those that measure the saturation throughput come apart, first."""
+        """The sessions; those that measure the saturation throughput come apart, first. Raises SpecError for a saturation trial
+        that is damaged, cut short or gone though finished trials rest on it."""
         for session in self.saturation:
-            if path := self.run.find(session.name, SATURATION):
-                facts, record = read_trial(path)
+            path = self.run.find(session.name, SATURATION)
+            facts, record = read_trial(path) if path else ({}, None)
+            if record and not record.truncated:
                 self.measured[session.model] = saturation_throughput(of_phase(record, point_phase(facts["phases"])))
+            elif resting := self.run.finished(session.model):
+                came = "cut short by its time limit" if record else "damaged or gone"
+                told = f"{session.name}/{SATURATION}: {came}, and {len(resting)} finished trials rest on its rates"
+                raise SpecError(f"{self.run.folder}: {told}; get it back from a copy, or measure into another OUT")
         return expand(self.figure, self.testbed, self.replicates, self.measured)
+
+    def unmeasured(self) -> dict[str, str]:
+        """Saturation sessions that set no rate, each with the reason."""
+        remedy = f"try again when the machine is idle, or with a longer serving.time_limit_s in {self.testbed_path.name}"
+        missing = [session for session in self.saturation if session.model not in self.measured]
+        return {s.name: f"cut short by its time limit of {s.time_limit_s:g} s, so it sets no rate: {remedy}" for s in missing}
 
     @property
     def all_sessions(self) -> list[Session]:
@@ -133,6 +147,15 @@ class Plan:
             "no_schedule": problem,
         }
 
+    def _trace_line(self) -> str:
+        assert self.trace is not None
+        assert isinstance(self.figure, ServingFigure)
+        most = self.figure.max_model_len
+        cut = int((self.trace.prompt + self.trace.output > most).sum())
+        shorter = f", {cut:,} of them cut to {most:,} tokens" if cut else ""
+        count = f"{len(self.trace.prompt):,} requests{shorter}, at most {self.figure.requests:,} a trial"
+        return f"{self.trace.name} ({self.trace.kind}, {count})"
+
     def text(self, outlook: Mapping[str, Any]) -> str:
         """An outlook for people."""
         models = Counter(session.model for session in self.sessions)
@@ -145,7 +168,7 @@ class Plan:
             f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
             *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in models.items()),
             *(f"model     {model}: not on this testbed" for model in self.not_run),
-            *([f"trace     {self.trace.name} ({self.trace.kind}, {len(self.trace.prompt):,} requests)"] if self.trace else []),
+            *([f"trace     {self._trace_line()}"] if self.trace else []),
             *(f"memory    {model}: {line}" for model, line in self.memory.items()),
             f"trials    {outlook['trials']} in all, {outlook['trials_to_run']} to run",
             *([f"schedule  none here: {outlook['no_schedule']}"] if outlook["no_schedule"] else []),
@@ -155,6 +178,17 @@ class Plan:
             f"outputs   {self.run.folder}",
         ]
         return "\n".join(lines)
+
+
+def drawn_from(trace: Trace, figure: ServingFigure, testbed: Testbed) -> ServingFigure:
+    """The figure with no trial that asks for more requests than the trace has.
+
+    Where the testbed maps the load, how many a trial serves follows from a rate that nobody knows yet: then at most all of
+    them. Raises SpecError, before anything is loaded, if they are too few for that too.
+    """
+    least = min(SATURATION_REQUESTS, figure.requests) if testbed.serving else figure.requests
+    check_requests(trace, least, f"as a trial of {figure.figure} on testbed {testbed.testbed} serves so many")
+    return replace(figure, requests=min(figure.requests, len(trace.prompt)))
 
 
 def _slot_line(slot: Mapping[str, Any]) -> str:

@@ -24,8 +24,10 @@ class Load:
     rate: float
 
 
-def load_sessions(base: Session, loads: Sequence[Load], seconds: float, max_total: int, switch: bool) -> list[Session]:
-    """The sessions that serve these loads, each for about `seconds` of arrivals.
+def load_sessions(
+    base: Session, loads: Sequence[Load], seconds: float, max_total: int, switch: bool, most: int
+) -> list[Session]:
+    """The sessions that serve these loads, each for about `seconds` of arrivals, but at most `most` requests: the trace's.
 
     One for each max_batch, or, where an engine must not switch its chunk size, for each setting. `base`: any serving session of
     the model on the testbed; its seed is kept.
@@ -37,7 +39,7 @@ def load_sessions(base: Session, loads: Sequence[Load], seconds: float, max_tota
     for (max_batch, budget), own in groups.items():
         trials = []
         for load in own:
-            requests = max(FEWEST_REQUESTS, round(load.rate * seconds))
+            requests = min(most, max(FEWEST_REQUESTS, round(load.rate * seconds)))
             point = LoadPoint(load.rate, load.budget * base.scale, load.rate, load.budget, requests, max_total)
             trials.append(Trial(f"chunk{load.budget}-rate{load.rate:.4g}", (point,)))
         engine = replace(base.engine, max_batch=max_batch, max_budget=max(load.budget for load in own))

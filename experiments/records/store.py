@@ -107,6 +107,11 @@ class Run:
         places = [*(bag / "data" for bag in self.bags()), self.open]
         return next((path for place in places if trial_is_whole(path := place / "trials" / session / trial)), None)
 
+    def finished(self, model: str) -> list[Path]:
+        """The trials of a model that are there, sealed or not, but for what measured its saturation."""
+        places = [*(bag / "data" for bag in self.bags()), self.open]
+        return [path for place in places for path in sorted(place.glob(f"trials/{model}-seed*/*"))]
+
     def write_trial(self, session: str, trial: str, facts: Mapping[str, Any], record: Record) -> Path:
         """Store a trial atomically: files, then manifest, then the rename that makes it count."""
         self.open.mkdir(parents=True, exist_ok=True)

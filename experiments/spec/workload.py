@@ -153,6 +153,12 @@ def _trace(path: Path, data: bytes, pairs: list[list[int]], kind: Kind, seconds:
     return Trace(path.name, sha256(data).hexdigest(), prompt, output, kind, seconds)
 
 
+def check_requests(trace: Trace, least: int, reason: str) -> None:
+    """Raises SpecError if a trace has fewer requests than will be drawn from it: none is ever used twice."""
+    if (count := len(trace.prompt)) < least:
+        raise SpecError(f"TRACE: {trace.name}: got {count} request{'s'[: count != 1]}; allowed: at least {least:,}, {reason}")
+
+
 def describe_trace(trace: Trace) -> str:
     """What was understood of a trace, in one line: requests, percentiles of lengths in tokens, duration where it is known."""
     count = len(trace.prompt)

@@ -197,9 +197,9 @@ def test_loads_become_sessions() -> None:
     """One engine where the chunk size may be switched, else one for each setting; the same requests either way."""
     base = case_of(load_testbed("a100-sim"), "mistral-7b", synthetic_trace()).session
     loads = [Load(512, 128, 2.0), Load(1024, 128, 0.1), Load(512, 64, 2.0)]
-    switched = load_sessions(base, loads, 30.0, 8192, switch=True)
+    switched = load_sessions(base, loads, 30.0, 8192, switch=True, most=1024)
     assert [(s.engine.max_batch, s.engine.max_budget, len(s.trials)) for s in switched] == [(128, 1024, 2), (64, 512, 1)]
-    fresh = load_sessions(base, loads, 30.0, 8192, switch=False)
+    fresh = load_sessions(base, loads, 30.0, 8192, switch=False, most=1024)
     assert [(s.engine.max_batch, s.engine.max_budget, len(s.trials)) for s in fresh] == [
         (128, 512, 1),
         (128, 1024, 1),
@@ -211,6 +211,12 @@ def test_loads_become_sessions() -> None:
         (512, 2.0, 60),
         (1024, 0.1, 16),  # fewer would say nothing of a P99
         (512, 2.0, 60),
+    ]
+    short = load_sessions(base, loads, 30.0, 8192, switch=True, most=48)  # a trace that ends before the seconds do
+    assert [point.requests for s in short for t in s.trials for point in t.points if isinstance(point, LoadPoint)] == [
+        48,
+        16,
+        48,
     ]
 
 
@@ -301,5 +307,5 @@ def test_a_machine_without_the_engine_says_so(tmp_path: Path, trace: Path, capsy
 
 def test_an_engine_that_knows_only_the_longest_chunk_warms_up_within_its_context() -> None:
     base = case_of(load_testbed("a100-sim"), "mistral-7b", synthetic_trace()).session
-    (session,) = load_sessions(base, [Load(8192, 128, 0.1)], 30.0, 8192, switch=False)
+    (session,) = load_sessions(base, [Load(8192, 128, 0.1)], 30.0, 8192, switch=False, most=1024)
     assert {r.prompt_tokens + r.output_tokens for phase in warm_up(session) for r in phase.requests} == {8192}

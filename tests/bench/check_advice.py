@@ -40,7 +40,8 @@ def measure(case: Case, testbed: Testbed, settings: Sequence[Setting], rates: Se
     """Every setting at every rate on the real engine; seed, budget, rate, the latencies, and the engine seconds of all."""
     loads = [Load(setting.budget, setting.max_batch, rate) for setting in settings for rate in rates]
     began = time.monotonic()
-    sessions = load_sessions(replace(case.session, seed=seed), loads, SECONDS, case.max_total, testbed.switch_chunk_size)
+    base, most = replace(case.session, seed=seed), len(case.trace.prompt)
+    sessions = load_sessions(base, loads, SECONDS, case.max_total, testbed.switch_chunk_size, most)
     found = serve_loads(sessions, case.trace)
     spent = time.monotonic() - began
     rows = [{"seed": seed, "budget": load.budget, "rate": load.rate, **asdict(latency(record))} for load, record in found]
