@@ -17,7 +17,7 @@ FLOORS = {
     "experiments.engine": ["session", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],
-    "experiments.calibrate": ["published", "here"],
+    "experiments.calibrate": ["published", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
     "experiments": ["run"],
     "analysis.judge": ["load", "integrity", "archive", "stats", "gates", "claims", "verify"],

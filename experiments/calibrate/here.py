@@ -9,31 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import nnls
 
-from experiments.calibrate.published import fit_error, rounded_profile, write
+from experiments.calibrate.fit import fit_records, observed, sizes_of, with_loop
+from experiments.calibrate.published import write
 from experiments.engine.engine_process import engines
 from experiments.machine.doctor import choose_testbed
 from experiments.records.errors import SpecError
 from experiments.records.provenance import machine
-from experiments.records.record import STEP_COLUMNS, Engine, Phase, Record, Request
+from experiments.records.record import Engine, Phase, Record, Request
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator import cost_model
-from experiments.simulator.cost_model import Calibration, CostModel, Floats, Jitter, Loop, Profile
+from experiments.simulator.cost_model import Calibration, Loop
 from experiments.simulator.estimate import HERE, made_on
 from experiments.spec.expand import expand
 from experiments.spec.spec import EngineSettings, Testbed, load_figure
 
-COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
-MIN_STEPS = 60  # fewer cannot fix about ten coefficients and leave some to test them
-HELD_OUT = 4  # every fourth step is held out
-OUTLIER = 4.0  # scaled median absolute deviations beyond which a step is a tail, not jitter
-BEYOND = 1.05  # how far past the most pairs and context seen the straight lines hold: a full last chunk has 0.3 % more
-WHOLE = 4  # times that a prompt of each length is computed in one step; the first is left out, see observed
+WHOLE, LONG = 4, 8  # times that a prompt of each length is computed in one step, of the two longest; see observed for the first
+UNCERTAIN = 0.03  # relative error of the median time of steps of a size from which on they are measured again
+AGAIN, MOST_OF = 2, 2  # how often that is done at most; phases that run again for a size
+LIMIT_S = 600.0  # of all steps
 DECODES = 16  # output tokens per request of a calibration run
-Chosen = npt.NDArray[np.bool_]
 
 
 def settings_of(testbed: Testbed) -> dict[str, tuple[EngineSettings, int]]:
@@ -47,112 +43,6 @@ def settings_of(testbed: Testbed) -> dict[str, tuple[EngineSettings, int]]:
             decoding = max(decoding, engine.max_model_len if session.kind == "serving" else 0)
             found[engine.model] = max(known, engine, key=lambda settings: settings.max_model_len), decoding
     return found
-
-
-def fit_records(
-    steps: pd.DataFrame, settings: EngineSettings, name: str, title: str, source: str, block_size: int
-) -> Calibration:
-    """Fit the same model to the steps of a real engine: STEP_COLUMNS, one row per step, warm-up left out.
-
-    The profile, rising from 0, has knots at powers of 2. `masked_share` is 0: vLLM's kernels skip masked tiles. Every fourth
-    step is held out; jitter comes from the residuals of the others. Raises SpecError for missing columns, too few steps, or
-    none with prefill or decode.
-    """
-    if missing := [column for column in STEP_COLUMNS if column not in steps]:
-        raise SpecError(f"fit_records: {source}: columns: got none named {', '.join(missing)}; allowed: all of STEP_COLUMNS")
-    seconds = steps["seconds"].to_numpy(dtype=np.float64)
-    prefill, decodes, pairs, context = (steps[column].to_numpy(dtype=np.int64) for column in COMPOSITION)
-    if len(steps) < MIN_STEPS or not (prefill.any() and decodes.any() and (seconds > 0).all()):
-        came = f"{len(steps)} steps, {np.sum(prefill > 0)} with prefill, {np.sum(decodes > 0)} with decodes"
-        raise SpecError(f"fit_records: {source}: got {came}; allowed: at least {MIN_STEPS}, some of each, all longer than 0 s")
-    tokens = prefill + decodes
-    most, most_decodes = int(tokens.max()), int(decodes.max())
-    knots = np.unique([*(2 ** np.arange(most.bit_length())), most])
-    width = np.diff(knots)
-    rise = np.clip(tokens[:, None] - knots[:-1], 0, width) / width  # how much of each piece's rise a step has climbed
-    design = np.column_stack([np.ones(len(steps)), rise, pairs, decodes, context])
-    train = np.arange(len(steps)) % HELD_OUT != HELD_OUT - 1
-    solution, off, usable = _solved(design, seconds, train)
-    unit = cost_model.attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
-    pair_s, context_s = np.maximum(solution[[-3, -1]], 1e-18).tolist()  # where the data show no cost, next to none is charged
-    errors = seconds / (design @ solution) - 1
-    return Calibration(
-        calibration=name,
-        title=title,
-        models=(settings.model,),
-        tensor_parallel=settings.tensor_parallel,
-        sources=(source,),
-        overhead_s=float(solution[0]),
-        linear=rounded_profile(knots, np.cumsum([0.0, *solution[1 : len(knots)]])),
-        decode=Profile((0, most_decodes), (0.0, float(solution[-2] * most_decodes))),
-        attention=replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s),
-        jitter=_fitted_jitter(off[train], prefill[train] == 0),
-        valid=cost_model.ValidRange(most, most_decodes, *(int(BEYOND * column.max()) for column in (pairs, context))),
-        error=fit_error(list(errors[usable]), list(errors[~train]), f"every {HELD_OUT}th of {len(steps)} steps"),
-        block_size=block_size,
-        fixed_by=dict.fromkeys(("overhead_s", "linear", "decode", "attention", "jitter", "loop", "valid"), source),
-    )
-
-
-def _solved(design: Floats, seconds: Floats, train: Chosen) -> tuple[Floats, Floats, Chosen]:
-    """Coefficients >= 0 by least squares on the relative errors of the steps in `train`, once more without outliers.
-
-    With them, of each step: the log of its time over the predicted one, and whether it is in `train` and no outlier.
-    """
-    usable = train
-    for _ in range(2):
-        relative = design[usable] / seconds[usable, None]
-        scale = np.abs(relative).max(axis=0)
-        scale[scale == 0] = 1.0  # a column without data gets the coefficient 0
-        solution: Floats = nnls(relative / scale, np.ones(len(relative)))[0] / scale
-        off = np.log(seconds / (design @ solution))
-        middle, spread = _median_spread(off[train])
-        usable = train & (np.abs(off - middle) < OUTLIER * spread)
-    return solution, off, usable
-
-
-def observed(record: Record) -> tuple[pd.DataFrame, pd.DataFrame, Loop]:
-    """From the record of an engine process: warm steps, the first steps after a pause, and what passed outside the steps.
-
-    Left out is the first step with a number of tokens: the kernels of a new shape are made then, an eighth more of its time.
-    """
-    steps, entered = record.steps, record.requests["injected_s"].to_numpy()
-    starts, ends = steps["start_s"].to_numpy(), (steps["start_s"] + steps["seconds"]).to_numpy()
-    before = np.concatenate([[0.0], ends[:-1]])  # each step: when the last one ended
-    place, earliest, count = np.unique(np.searchsorted(starts, entered), return_index=True, return_counts=True)
-    first = entered[earliest]  # of those that entered before a step
-    paused = np.zeros(len(starts), dtype=bool)
-    paused[place] = first - before[place] > cost_model.PAUSE_S
-    loop = Loop(*(float(np.median(parts)) for parts in (np.delete(starts - before, place), (starts[place] - first) / count)))
-    again = steps.groupby(steps["prefill_tokens"] + steps["decode_tokens"]).cumcount() > 0
-    return steps[again & ~paused], steps[again & paused], loop
-
-
-def with_loop(calibration: Calibration, paused: pd.DataFrame, loop: Loop) -> Calibration:
-    """The calibration with what passes outside the steps; `wake_s` is the median excess of the first steps after a pause.
-
-    An excess in seconds: on one machine it was 3 to 6 ms for steps of 10 as of 50 ms.
-    """
-    model, columns = CostModel(calibration), list(STEP_COLUMNS)[3:8]
-    excess = [row[0] - model.step(*map(int, row[1:])) for row in paused[["seconds", *columns]].itertuples(index=False)]
-    wake_s = max(0.0, float(np.median(excess))) if excess else 0.0
-    return replace(calibration, loop=replace(loop, wake_s=wake_s))
-
-
-def _median_spread(values: Floats) -> tuple[float, float]:
-    """Median and scaled median absolute deviation, an estimate of sigma that outliers do not move."""
-    return float(np.median(values)), 1.4826 * float(np.median(np.abs(values - np.median(values)))) + 1e-12
-
-
-def _fitted_jitter(off: Floats, only_decodes: Chosen) -> Jitter:
-    """Sigmas of the core of the log residuals; what lies beyond OUTLIER sigmas above is tail: its share and mean excess."""
-    sigmas, excess = list[float](), list[float]()
-    for kind in (~only_decodes, only_decodes):
-        middle, spread = _median_spread(off[kind])
-        core = np.abs(off[kind] - middle) <= OUTLIER * spread
-        sigmas.append(float(off[kind][core].std()))
-        excess += np.expm1(off[kind] - middle)[~core & (off[kind] > middle)].tolist()
-    return Jitter(sigmas[0], len(excess) / len(off), float(np.mean(excess)) if excess else 0.0, sigmas[1])
 
 
 def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
@@ -173,7 +63,7 @@ def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
 
     for part in range(6):
         whole = min(longest, largest + 1) >> part
-        phases += [Phase(largest, (Request(0.0, whole - 1, 1, seed=part),))] * WHOLE
+        phases += [Phase(largest, (Request(0.0, whole - 1, 1, seed=part),))] * (LONG if part < 2 else WHOLE)
     chunk = budget = min(largest, max(longest // 8, 2 * batch)) if largest >= longest else largest
     while budget >= max(batch, 8):
         again = 2 if budget == chunk else 1  # so that its last piece, the costliest, is not the first of its shape
@@ -190,18 +80,46 @@ def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
 
 
 def _facts_and_record(engine: Engine, phases: Sequence[Phase]) -> tuple[int, Record]:
-    return engine.facts["block_size"], engine.run(phases, time_limit_s=600.0)
+    return engine.facts["block_size"], engine.run(phases, time_limit_s=LIMIT_S)
+
+
+def uncertain(calibration: Calibration) -> list[int]:
+    """Sizes, see sizes_of, of whose steps the time is not known well enough."""
+    pieces = (piece for piece in calibration.pieces if piece.known_to > UNCERTAIN)
+    return [int(sizes_of(np.array(piece.tokens[1]), np.array(int(not piece.only_decodes)))) for piece in pieces]
+
+
+def phases_with(phases: Sequence[Phase], record: Record, sizes: Sequence[int]) -> list[Phase]:
+    """For each of these sizes the phases that had most of its steps in the record of all phases."""
+    tokens = (record.steps["prefill_tokens"] + record.steps["decode_tokens"]).to_numpy()
+    size = sizes_of(tokens, record.steps["prefill_tokens"].to_numpy())
+    spans = record.requests.groupby("phase").agg(first=("first_step", "min"), last=("last_step", "max"))
+    count = np.array([np.bincount(size[first : last + 1], minlength=64) for first, last in spans.to_numpy().tolist()])
+    chosen = {number for one in sizes for number in np.argsort(-count[:, one], kind="stable")[:MOST_OF].tolist()}
+    return [phases[number] for number in sorted(chosen)]
+
+
+def _measured(settings: EngineSettings, decoding: int, name: str) -> Calibration:
+    """Run the calibration's steps on a fresh engine and fit them; sizes of whose steps too little is known run again."""
+    here, phases = machine()["type"], calibration_phases(settings, decoding)
+    with engines([settings]) as (run,):
+        block_size, first = run(_facts_and_record, phases)
+        record, parts = first, list[tuple[pd.DataFrame, pd.DataFrame, Loop]]()
+        while True:
+            if record.truncated:
+                raise SpecError(f"{settings.model}: its calibration took over {LIMIT_S:g} s; a faster machine is needed")
+            parts.append(observed(record))
+            steps, paused = (pd.concat(frames, ignore_index=True) for frames in list(zip(*parts, strict=True))[:2])
+            source = f"{len(steps)} steps of vLLM on this machine ({here})"
+            fitted = fit_records(steps, settings, name, f"{settings.model} on {here}", source, block_size)
+            if len(parts) > AGAIN or not (sizes := uncertain(fitted)):
+                return replace(with_loop(fitted, paused, parts[0][2]), made_on=made_on(settings))
+            _, record = run(_facts_and_record, phases_with(phases, first, sizes))
 
 
 def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE) -> Path:
-    """Run the calibration's steps on a fresh engine, fit them, store the calibration; where it lies."""
-    with engines([settings]) as (run,):
-        block_size, record = run(_facts_and_record, calibration_phases(settings, decoding))
-        steps, paused, loop = observed(record)
-    name, here = f"{testbed}-{settings.model}", machine()["type"]
-    source = f"{len(steps)} steps of vLLM on this machine ({here})"
-    fitted = fit_records(steps, settings, name, f"{settings.model} on {here}", source, block_size)
-    fitted = replace(with_loop(fitted, paused, loop), made_on=made_on(settings))
+    """Calibrate a model on this machine's engine and store the calibration; where it lies. Raises SpecError."""
+    fitted = _measured(settings, decoding, name := f"{testbed}-{settings.model}")
     folder.mkdir(parents=True, exist_ok=True)
     write(fitted, path := folder / f"{name}.yaml")
     return path

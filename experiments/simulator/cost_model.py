@@ -120,6 +120,22 @@ class FitError:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Piece:
+    """Steps of one size, first to last number of tokens, that a calibration was fitted to.
+
+    `dropped`: how many of them were left out of the fit, as their time was too far from that of the others. `held_out`: mean
+    relative error of those that were held out. `known_to`: standard error of their median time, relative.
+    """
+
+    tokens: tuple[Count, Count]
+    only_decodes: bool
+    steps: Count
+    dropped: Total
+    held_out: NotNegative | None
+    known_to: NotNegative
+
+
+@dataclass(frozen=True, config=STRICT)
 class Calibration:
     """Everything fitted for one model on one machine, and where it is from. `fixed_by`: per parameter, what fixed it.
 
@@ -142,6 +158,7 @@ class Calibration:
     fixed_by: dict[str, str]
     loop: Loop = Loop()
     made_on: dict[str, str] = dataclasses.field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()  # of steps of a machine at hand, by size
     device_memory_bytes: Positive | None = None  # None: the testbed says how large the KV cache is
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from known_engine import DECODING, KNOWN, SETTINGS
 
+from experiments.calibrate import fit
 from experiments.calibrate import here as calibrate_here
 from experiments.calibrate.published import write
 from experiments.records.errors import SpecError
@@ -65,8 +66,8 @@ def test_the_calibration_covers_what_the_testbed_asks() -> None:
     for settings, decoding in calibrate_here.settings_of(load_testbed("cpu")).values():
         known = replace(KNOWN, models=(settings.model,))
         record = SimulatedEngine(settings, known, seed=1).run(calibrate_here.calibration_phases(settings, decoding), 1e9)
-        steps, paused, _ = calibrate_here.observed(record)
-        valid = calibrate_here.fit_records(steps, settings, "x", "x", "x", 128).valid
+        steps, paused, _ = fit.observed(record)
+        valid = fit.fit_records(steps, settings, "x", "x", "x", 128).valid
         longest, budget, batch = settings.max_model_len, settings.max_budget, settings.max_batch
         last = min(budget, longest - 1)  # tokens of the largest step
         assert valid.tokens == last
@@ -81,7 +82,7 @@ def test_first_steps_of_a_shape_and_after_a_pause_stand_apart() -> None:
     record = SimulatedEngine(SETTINGS, replace(KNOWN, jitter=Jitter(0.0)), seed=1).run(
         [Phase(64, calibrate_here.calibration_phases(SETTINGS, DECODING)[0].requests[:1])] * 2, 1e9
     )
-    warm, paused, loop = calibrate_here.observed(record)
+    warm, paused, loop = fit.observed(record)
     tokens = record.steps["prefill_tokens"] + record.steps["decode_tokens"]
     assert len(warm) == len(record.steps) - tokens.nunique()
     assert not len(paused)
@@ -132,9 +133,7 @@ def records(count: int, seed: int, late: float = 0.0) -> pd.DataFrame:
 
 @pytest.mark.parametrize("late", [0.0, 0.02])
 def test_fit_finds_a_known_engine(late: float, tmp_path: Path) -> None:
-    fitted = calibrate_here.fit_records(
-        records(1500, 1, late), SETTINGS, "here", "this machine", "600 made-up steps", block_size=128
-    )
+    fitted = fit.fit_records(records(1500, 1, late), SETTINGS, "here", "this machine", "600 made-up steps", block_size=128)
     unseen = records(1500, 2).query("prefill_pairs <= @fitted.valid.prefill_pairs")
     unseen = unseen.query("prefill_tokens + decode_tokens <= @fitted.valid.tokens")
     unseen = unseen.query("decode_context <= @fitted.valid.decode_context")
@@ -154,8 +153,79 @@ def test_fit_finds_a_known_engine(late: float, tmp_path: Path) -> None:
 def test_fit_refuses_what_it_cannot_fit() -> None:
     steps = records(100, 1)
     with pytest.raises(SpecError, match="fit_records: x: columns: got none named prefill_pairs; allowed: all of STEP_COLUMNS"):
-        calibrate_here.fit_records(steps.drop(columns="prefill_pairs"), SETTINGS, "here", "t", "x", 16)
+        fit.fit_records(steps.drop(columns="prefill_pairs"), SETTINGS, "here", "t", "x", 16)
     with pytest.raises(SpecError, match=r"fit_records: x: got 59 steps, .* allowed: at least 60"):
-        calibrate_here.fit_records(steps[:59], SETTINGS, "here", "t", "x", 16)
+        fit.fit_records(steps[:59], SETTINGS, "here", "t", "x", 16)
     with pytest.raises(SpecError, match=r"got 100 steps, 0 with prefill, 100 with decodes; allowed"):
-        calibrate_here.fit_records(steps.assign(prefill_tokens=0), SETTINGS, "here", "t", "x", 16)
+        fit.fit_records(steps.assign(prefill_tokens=0), SETTINGS, "here", "t", "x", 16)
+
+
+def test_noise_does_not_make_the_prediction_too_short() -> None:
+    steps = records(1500, 1)
+    steps["seconds"] *= np.exp(np.random.default_rng(3).normal(0.0, 0.25, len(steps)))
+    fitted = CostModel(fit.fit_records(steps, SETTINGS, "here", "t", "x", 16))
+    batches = steps[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
+    predicted = sum(fitted.step(*batch) for batch in batches)
+    assert predicted == pytest.approx(steps["seconds"].sum(), rel=0.02)
+
+
+def few_long(factor: float) -> pd.DataFrame:
+    """Steps of which the 12 last have more than 256 tokens; they take `factor` times as long."""
+    steps = records(1500, 1)
+    long = steps["prefill_tokens"] + steps["decode_tokens"] > 256
+    few = steps[long][:12]
+    return pd.concat([steps[~long], few.assign(seconds=factor * few["seconds"])], ignore_index=True)
+
+
+def test_the_largest_steps_bend_the_profile_however_few_they_are() -> None:
+    """All of them were taken for outliers, and the last piece of the profile then rose by nothing."""
+    steps = few_long(1.8)
+    fitted, slow = fit.fit_records(steps, SETTINGS, "here", "t", "x", 16), steps[-12:]
+    predicted = [CostModel(fitted).step(*batch) for batch in slow[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()]
+    assert np.median(predicted / slow["seconds"]) == pytest.approx(1.0, abs=0.1)
+    largest = fitted.pieces[-1]
+    assert (largest.steps, largest.dropped) == (12, 0)
+    assert largest.held_out is not None
+
+
+def test_every_size_is_held_out_and_every_piece_of_the_profile_has_steps() -> None:
+    steps = records(1500, 1)
+    tokens = steps["prefill_tokens"] + steps["decode_tokens"]
+    fitted = fit.fit_records(steps[(tokens <= 64) | (tokens > 256)], SETTINGS, "here", "t", "x", 16)
+    assert all(piece.held_out is not None for piece in fitted.pieces if piece.steps > 1)
+    assert 128 not in fitted.linear.at, "a bend without steps below it"
+    assert sum(piece.steps for piece in fitted.pieces) == int(((tokens <= 64) | (tokens > 256)).sum())
+
+
+def test_dropped_steps_are_counted_where_they_are() -> None:
+    steps = few_long(1.0)
+    steps.loc[len(steps) - 12, "seconds"] *= 6  # the first of its size, and so not held out
+    before, after = (fit.fit_records(s, SETTINGS, "here", "t", "x", 16).pieces for s in (few_long(1.0), steps))
+    assert before[-1].dropped == 0
+    assert after[-1].dropped == 1
+
+
+def test_sizes_of_whose_steps_little_is_known_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[int] = []
+
+    def noisy(settings: list[EngineSettings]) -> Any:
+        engine = SimulatedEngine(settings[0], replace(KNOWN, jitter=Jitter(0.3)), seed=5)
+
+        def call(function: Callable[..., Any], phases: list[Phase]) -> Any:
+            loads.append(len(phases))
+            return function(engine, phases)
+
+        return contextmanager(lambda: iter([[call]]))()
+
+    monkeypatch.setattr(calibrate_here, "engines", noisy)
+    calibrate_here.calibrate(SETTINGS, DECODING, "cpu", tmp_path)
+    assert len(loads) == 1 + calibrate_here.AGAIN
+    assert all(0 < again < loads[0] for again in loads[1:])
+
+
+def test_a_calibration_that_is_cut_short_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate_here, "engines", known_engines)
+    monkeypatch.setattr(calibrate_here, "LIMIT_S", 2.0)
+    with pytest.raises(SpecError, match="mistral-7b-w8: its calibration took over 2 s"):
+        calibrate_here.calibrate(SETTINGS, DECODING, "cpu", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -24,7 +24,8 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import yaml
 
-from experiments.calibrate.here import calibration_phases, fit_records, observed, settings_of, with_loop
+from experiments.calibrate.fit import fit_records, observed, with_loop
+from experiments.calibrate.here import calibration_phases, settings_of
 from experiments.calibrate.published import write
 from experiments.engine.session import TrialResult, run_session
 from experiments.engine.vllm_engine import VllmEngine
