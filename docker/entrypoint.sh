@@ -18,6 +18,9 @@ measures() { # a run of a figure on a real engine
 
 ray_started=
 if [[ -z ${RAY_ADDRESS:-} ]] && measures "$@"; then
+    # Its own, as in experiments/cluster/local_ray.py: loopback only, and a token that is nowhere but in this environment.
+    RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     log=$(mktemp)
     if ! ray start --head --node-ip-address=127.0.0.1 --port="$port" --include-dashboard=false --disable-usage-stats \

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,12 @@ QUIET = {
     "RAY_enable_worker_prestart": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute otherwise, until a run notices that Ray's server is gone
 }
+# What only a Ray of a run's own gets, for which a user's other Rays are none of its business: a token that is nowhere but in
+# this environment, new with each process (Ray reads it once), and no address but loopback: left to itself, Ray turns 127.0.0.1
+# into the machine's own address and listens on every one.
+OWN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 PORT = 6379  # Ray's default
+LONGEST = 20  # of a path in which Ray's folder may lie: its sockets lie 87 characters deeper, and Linux allows 107
 STORE_BYTES = 256 * 2**20  # for records on their way, at most a few MB each
 
 SWEEPER = """
@@ -89,27 +94,64 @@ def ray_cluster() -> Iterator[Any]:
     """Ray, started for this run and stopped with it, or the cluster of RAY_ADDRESS. Raises SpecError if that is not there."""
     os.environ.update(QUIET)
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        authenticate()  # Ray reads it as it is imported
-    import ray
-
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.ExitStack() as stack:
+        if address:
+            authenticate()
+        else:
+            stack.enter_context(_environment(OWN))
+        import ray  # which reads how to authenticate as it is imported
+
         folder = None
         if not address or not _node_here(address):
-            folder = tempfile.mkdtemp(prefix="chunked-ray-")
-            stack.enter_context(_sweeper(folder))
+            mine = os.path.realpath(tempfile.mkdtemp(prefix="chunked-ray-", dir=short_place()))
+            stack.enter_context(_sweeper(mine))
+            folder = f"{mine}/r"  # which Ray opens to everyone, sockets and all; who cannot enter the one around it is kept out
         try:
             if address and folder:
                 _join(address, folder)
             ray.init(**_options(address), log_to_driver=False, logging_level="error", _temp_dir=folder)
-        except (OSError, ValueError):  # ConnectionError is one
-            remedy = "no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN"
-            raise SpecError(f"RAY_ADDRESS: got {address!r}; {remedy}") from None
+        except Exception as error:  # Ray raises bare ones, too
+            raise SpecError(_why(address, error)) from None
         stack.callback(ray.shutdown)
         for number, handler in handlers.items():  # Ray puts its own in their place, which print a stack and end the process
             signal.signal(number, handler)
         yield ray
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """These variables for as long as it lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def short_place() -> str:
+    """Where Ray's folder can lie: the usual place for temporary files, or one with a shorter path. Raises SpecError."""
+    places = (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")
+    for place in places:
+        if len(os.fsencode(os.path.realpath(place))) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise SpecError(f"TMPDIR: got {places[0]}; allowed: a folder that can be written, its path at most {LONGEST} bytes long")
+
+
+def _why(address: str | None, error: Exception) -> str:
+    """In one line why there is no Ray: of one's own, the cause; of a cluster, what to do about it."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(getattr(error, "stderr", None) or error))
+    said = " ".join(plain.split()) or type(error).__name__
+    if not address:
+        return f"Ray did not start on this machine: {said[-400:]}"
+    if found := re.search(r"[Vv]ersion mismatch.*", said):
+        return f"RAY_ADDRESS: got {address!r}; {found[0][:300]}: every node needs the same Ray and Python"
+    return f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN ({said[-200:]})"
 
 
 def _node_here(address: str) -> bool:
@@ -130,15 +172,12 @@ def _options(address: str | None) -> dict[str, Any]:
 def _join(address: str, folder: str) -> None:
     """Make this driver's place a node of the cluster, without cores: a driver speaks to it through a node beside it.
 
-    Raises ConnectionError if no cluster answers there.
+    Raises OSError or ValueError if nothing answers there, SubprocessError if Ray does not take it.
     """
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=5).close()  # Ray would try for minutes
     command = [*_ray_start(f"--address={address}"), f"--temp-dir={folder}", "--num-cpus=0", "--num-gpus=0"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    except subprocess.SubprocessError as error:
-        raise ConnectionError from error
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
 
 def authenticate() -> None:
@@ -163,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Become the node. A head without RAY_AUTH_TOKEN makes one: whoever reaches a Ray cluster without may run what he likes."""
     parse(arguments("experiments.cluster.local_ray", "Make this machine a node of a Ray cluster, until interrupted."), argv)
     os.environ.update(QUIET)
+    os.environ.setdefault("RAY_TMPDIR", short_place())
     address = os.environ.pop("RAY_ADDRESS", None)
     if not address and not os.environ.get("RAY_AUTH_TOKEN"):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
