@@ -161,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 if a target is missed, 2 if a run is missing or not of this machine."""
     options = parse(arguments("analysis.advise.validate", __doc__, "testbed", "runs", "report"), argv)
     testbed, _ = choose_testbed(options.testbed, options.runs)
+    if testbed.platform == "simulated":
+        raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine to be measured; allowed: a testbed with one")
     runs = [measured_run(options.runs, figure, testbed.testbed) for figure in ("fig9a", "fig9b")]
     calibrations = calibrations_for(testbed, runs)
     tables = [compare(run, calibrations) for run in runs]

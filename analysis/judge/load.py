@@ -121,8 +121,17 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
 
 def unfinished(folder: Path) -> list[str]:
     """Run directories that hold trials but no bag yet, as sentences."""
-    names = sorted({path.parent.name for path in folder.glob("*/open-*") if any(path.glob("trials/*/*"))})
-    return [f"{name}: incomplete; make {name.split('-')[0]} resumes it" for name in names]
+    found = {path.parents[4].name: path for path in folder.glob("*/open-*/trials/*/*/trial.json")}
+    return [f"{name}: incomplete; {_command(path)} resumes it" for name, path in sorted(found.items())]
+
+
+def _command(trial: Path) -> str:
+    """What makes the run that a trial.json is of."""
+    try:
+        facts = json.loads(trial.read_text())
+        return str(printable(f"make {facts['figure']} TESTBED={facts['testbed']}"))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # a half copied one
+        return "the command that began it"
 
 
 def _ended(bag: Path) -> str:

@@ -4,67 +4,85 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from experiments.records.errors import SpecError
 from experiments.spec.spec import EngineSettings
 
 
-def _serve(pipe: Connection, settings: EngineSettings) -> None:
+def _serve(pipe: Connection, settings: EngineSettings, log: str) -> None:
     """Child process: load, then answer (function, arguments) with function(engine, *arguments) until None comes.
 
-    What libraries say on standard error is shown only if the engine dies.
+    What libraries say on standard error goes to the log, and so do Python's last words if the engine dies.
     """
-    real = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
+    from experiments.engine.vllm_engine import VllmEngine
+
+    engine = VllmEngine(settings)
+    pipe.send(None)
+    while (job := pipe.recv()) is not None:
+        pipe.send(job[0](engine, *job[1:]))
+    engine.close()
+
+
+class EngineCaller:
+    """An engine in a process of its own: call(f, *arguments) is f(engine, *arguments)."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        context = multiprocessing.get_context("spawn")
+        handle, log = tempfile.mkstemp(prefix=f"engine-{settings.model}-", suffix=".log")
+        os.close(handle)
+        self._model, self._log, (self._pipe, theirs) = settings.model, Path(log), context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, settings, log))
+        self._process.start()
+        theirs.close()
+        self._died = False
+
+    def __call__(self, *job: Any) -> Any:
+        """Raises SpecError, with the engine's last words, if it dies."""
+        with suppress(BrokenPipeError):  # it died before: its end of the pipe tells
+            self._pipe.send(job)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """What the engine sends next: first that it is loaded, then the answer to each call."""
         try:
-            from experiments.engine.vllm_engine import VllmEngine
+            return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join(30)
+            raise SpecError(self._last_words()) from None
 
-            engine = VllmEngine(settings)
-            pipe.send(None)
-            while (job := pipe.recv()) is not None:
-                pipe.send(job[0](engine, *job[1:]))
-            engine.close()
-        except BaseException:
-            said.seek(0)
-            os.write(real, said.read()[-4000:])
-            raise
-        finally:
-            os.dup2(real, 2)
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        code, self._died = self._process.exitcode, True
+        how, last = f" of {signal.Signals(-code).name}" if code and code < 0 else "", lines[-1] if lines else "it said nothing"
+        return f"{self._model}: the engine died{how}: {last[:300]}; all it said: {self._log}"
 
-
-def _ask(pipe: Connection, *job: Any) -> Any:
-    pipe.send(job)
-    return pipe.recv()
+    def close(self) -> None:
+        """End the process; what an engine said that did not die is of no use."""
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(30)
+        self._process.kill()
+        if not self._died:
+            self._log.unlink(missing_ok=True)
 
 
 @contextmanager
-def engines(settings: Sequence[EngineSettings]) -> Iterator[list[Callable[..., Any]]]:
-    """One process per settings, all loaded. Yields a caller for each: call(f, *arguments) is f(engine, *arguments).
-
-    Raises EOFError if an engine dies; what it said is on standard error.
-    """
-    context = multiprocessing.get_context("spawn")
-    started = []
-    for one in settings:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, one))
-        process.start()
-        theirs.close()
-        started.append((ours, process))
-
+def engines(settings: Sequence[EngineSettings]) -> Iterator[list[EngineCaller]]:
+    """One process per settings, all loaded. Raises SpecError, in one line with its last words, if an engine dies."""
+    started: list[EngineCaller] = []
     try:
-        for pipe, _ in started:
-            pipe.recv()  # loaded
-        yield [partial(_ask, pipe) for pipe, _ in started]
+        started += [EngineCaller(one) for one in settings]
+        for engine in started:
+            engine.answer()
+        yield started
     finally:
-        for pipe, process in started:
-            with suppress(OSError):
-                pipe.send(None)
-            process.join(30)
-            process.kill()
+        for engine in started:
+            engine.close()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,10 +29,11 @@ def problems(testbed: Testbed, out: Path, cards: list[dict[str, Any]]) -> list[s
     """What keeps this machine from running the testbed, each in one line with its remedy; empty if nothing does."""
     needs, here = testbed.requires, machine()
     found = _gpu_problems(testbed, cards) if needs.gpus else []
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+    engine = testbed.platform != "simulated"  # a simulation runs wherever this does
+    if engine and not (3, 11) <= sys.version_info[:2] <= (3, 12):
         version = ".".join(map(str, sys.version_info[:2]))
         found.append(f"Python {version}; vLLM 0.32 is locked for 3.11 and 3.12: make setup PYTHON=python3.12")
-    if sys.platform != "linux":
+    if engine and sys.platform != "linux":
         found.append(f"{sys.platform}; vLLM's wheels are for Linux: use a Linux machine or container")
     for name, what in (("cores", "CPU cores"), ("memory_gib", "GiB of memory")):
         if here[name] < (needed := getattr(needs, name)):
@@ -49,7 +51,8 @@ def _gpu_problems(testbed: Testbed, cards: list[dict[str, Any]]) -> list[str]:
         return [f"no NVIDIA GPU (nvidia-smi lists none); {needs.gpus} are needed: install the NVIDIA driver, or TESTBED=cpu"]
     large = [c for c in cards if c["memory_mib"] >= needs.gpu_memory_gib * 1024 and needs.gpu_name in c["name"]]
     if len(large) < needs.gpus:
-        have = ", ".join(f"{card['name']} {card['memory_mib'] / 1024:.0f} GiB" for card in cards)
+        sizes = [f"{card['memory_mib'] / 1024:.0f} GiB" if card["memory_mib"] else "of unknown memory" for card in cards]
+        have = ", ".join(f"{card['name']} {size}" for card, size in zip(cards, sizes, strict=True))
         wanted = f"{needs.gpus} x {needs.gpu_name or 'any'} with {needs.gpu_memory_gib:g} GiB"
         found.append(f"GPUs: {have}; {wanted} are needed: use a smaller testbed")
     elif needs.gpus > 1 and not any(name.startswith(PAIR) for name in resources()):
@@ -59,7 +62,8 @@ def _gpu_problems(testbed: Testbed, cards: list[dict[str, Any]]) -> list[str]:
         if card["used_mib"] > TAKEN_MIB:
             used = f"GPU {number}: {card['used_mib'] / 1024:.1f} of {card['memory_mib'] / 1024:.0f} GiB are in use"
             found.append(f"{used}: end what nvidia-smi lists on the host, or leave it out with GPUS='--gpus \"device=...\"'")
-    if int(cards[0]["driver"].split(".")[0]) < needs.driver:
+    major = re.match(r"\d+", cards[0]["driver"])
+    if int(major[0] if major else 0) < needs.driver:
         found.append(f"NVIDIA driver {cards[0]['driver']}; {needs.driver} or newer is needed for CUDA 13: update the driver")
     return found
 

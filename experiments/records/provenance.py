@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -83,33 +84,66 @@ def sbom() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """GPUs as nvidia-smi lists them: name, memory in MiB, driver version; empty where there is no nvidia-smi."""
+    """GPUs as nvidia-smi lists them: name, memory in MiB, driver version; empty where there is no nvidia-smi.
+
+    0 MiB where it prints [N/A], as for GPUs that share the machine's memory.
+    """
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
     try:
         printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.count(",") == 3]
+    numbers = [[int(cell) if cell.isdecimal() else 0 for cell in row[1:3]] for row in rows]
     return [
-        {"name": name, "memory_mib": int(size), "used_mib": int(used), "driver": driver} for name, size, used, driver in rows
+        {"name": row[0], "memory_mib": size, "used_mib": used, "driver": row[3]}
+        for row, (size, used) in zip(rows, numbers, strict=True)
     ]
+
+
+def limits(root: Path = Path("/")) -> tuple[float, float]:
+    """What the process may use of the machine: cores and bytes of memory, infinity where its cgroup (a container's, a batch
+    job's; version 1 or 2) or one above it sets no limit."""
+    cores, memory, groups = math.inf, math.inf, root / "sys/fs/cgroup"
+
+    def numbers(path: Path) -> list[float]:
+        try:
+            return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
+        except (OSError, ValueError):
+            return [math.inf]
+
+    try:
+        listed = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return cores, memory
+    for _, controllers, inside in (line.split(":", 2) for line in listed if line.count(":") >= 2):
+        above = groups / controllers  # of version 2, which has no list of controllers, the same folder
+        for folder in (above.joinpath(*Path(inside).parts[1:depth]) for depth in range(1, len(Path(inside).parts) + 1)):
+            memory = min(memory, numbers(folder / "memory.max")[0], numbers(folder / "memory.limit_in_bytes")[0])
+            quota = numbers(folder / "cpu.max") if not controllers else numbers(folder / "cpu.cfs_quota_us")
+            period = quota[1:] or numbers(folder / "cpu.cfs_period_us")
+            if quota[0] > 0:  # -1 is no limit
+                cores = min(cores, quota[0] / period[0] if period[0] < math.inf else math.inf)
+    return cores, memory
 
 
 @cache
 def machine() -> dict[str, Any]:
-    """The hardware and system a session runs on, in a container also its image; memory in GiB.
+    """The hardware and system a session runs on, in a container also its image; cores and memory (GiB) that it may use.
 
     Its `type` is what replicates of a point must share.
     """
     cards, listed = gpus(), Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(\S.*)", listed.read_text() if listed.exists() else "", re.M)
     cpu = named[1].strip() if named else platform.processor() or platform.machine()
+    most_cores, most_memory = limits()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = max(1, math.floor(min(cores, most_cores)))
     return {
         "type": f"{cards[0]['name']} x {len(cards)}" if cards else f"{cpu} x {cores}",
         "cpu": cpu,
         "cores": cores,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(min(psutil.virtual_memory().total, most_memory) / 2**30, 1),
         "gpus": [card["name"] for card in cards],
         "driver": cards[0]["driver"] if cards else None,
         "system": f"{platform.system()} {platform.release()}",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from experiments.engine.session import phases_of
@@ -34,14 +35,33 @@ def made_on(settings: EngineSettings) -> dict[str, str]:
 
 
 def calibration_here(testbed: str, settings: EngineSettings) -> Path | None:
-    """Where the calibration of this machine and model lies; None if there is none, or it was made under other conditions."""
+    """Where the calibration of this machine and model lies; None if there is none, or it was made under other conditions.
+
+    Raises SpecError for one that is damaged.
+    """
     path = HERE / f"{testbed}-{settings.model}.yaml"
-    return path if path.is_file() and load_calibration(str(path)).made_on == made_on(settings) else None
+    try:
+        return path if path.is_file() and load_calibration(str(path)).made_on == made_on(settings) else None
+    except SpecError as error:
+        raise SpecError(f"{error}; make calibrate TESTBED={testbed} makes it anew") from None
+
+
+@cache
+def _tell(words: str) -> None:
+    """Say it once."""
+    console.print(words)
 
 
 def calibrated(session: Session) -> Session:
-    """The session with this machine's calibration where there is one, else with what its testbed names, if it names any."""
-    path = calibration_here(session.testbed, session.engine)
+    """The session with this machine's calibration where there is one, else with what its testbed names, if it names any.
+
+    One that cannot be read is told and left aside: here it serves an estimate only.
+    """
+    try:
+        path = calibration_here(session.testbed, session.engine)
+    except SpecError as error:
+        _tell(f"estimated without this machine's calibration: {error}")
+        return session
     return replace(session, engine=replace(session.engine, calibration=str(path))) if path else session
 
 

@@ -17,6 +17,7 @@ from analysis.advise import validate
 from analysis.judge.load import Run, TrialRecord
 from analysis.show.plots_validate import PANELS, validation_figure
 from experiments.engine.session import run_session
+from experiments.simulator import estimate
 from experiments.simulator.cost_model import Calibration, Jitter
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import expand
@@ -125,3 +126,19 @@ def test_a_run_of_another_machine_is_refused(runs: list[Run], tmp_path: Path, mo
     monkeypatch.setattr(validate, "machine", lambda: {"type": "another"})
     with pytest.raises(validate.SpecError, match=r"fig9a-cpu: measured on .*; allowed: a run of this machine, another"):
         validate.measured_run(tmp_path, "fig9a", "cpu")
+
+
+def test_a_simulated_testbed_has_nothing_to_validate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(validate, "calibrate", lambda *_: pytest.fail("an engine was started"))
+    assert validate.main(["--testbed", "a100-sim", "--runs", str(tmp_path), "--report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: TESTBED: got a100-sim, which has no engine to be measured; allowed: a ")
+
+
+def test_a_damaged_calibration_stops_it(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "HERE", tmp_path)
+    for name in CALIBRATIONS:
+        (tmp_path / f"cpu-{name}.yaml").write_text("")
+    with pytest.raises(validate.SpecError, match=r"w8\.yaml: an empty file where .*; make calibrate TESTBED=cpu makes it anew"):
+        validate.calibrations_for(load_testbed("cpu"), runs)

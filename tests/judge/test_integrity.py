@@ -88,7 +88,7 @@ def test_a_run_in_progress_is_named_incomplete_and_its_claims_not_run(
     command = [sys.executable, "-m", "analysis.judge.verify", "--runs", str(runs_copy), "--report", str(runs_copy / "report")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "fig9a-a100-sim: incomplete; make fig9a resumes it" in done.stdout
+    assert "fig9a-a100-sim: incomplete; make fig9a TESTBED=a100-sim resumes it" in done.stdout
     assert done.stdout.splitlines()[-1] == "NOT-RUN"
 
 

@@ -160,3 +160,15 @@ def test_what_does_not_fit_is_refused_before_loading() -> None:
         check_gpu_memory(dataclasses.replace(yi, tensor_parallel=1), 79.0)
     with pytest.raises(SpecError, match="use shorter prompts"):
         check_gpu_memory(sessions["mistral-7b"], 22.0)  # prompts of 16,384 tokens, unlike the testbed's 8,192
+
+
+def test_a_gpu_whose_memory_nvidia_smi_does_not_know(
+    four_cards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on machines whose GPU shares their memory."""
+    (four_cards / "nvidia-smi").write_text('#!/bin/sh\necho "NVIDIA GB10, [N/A], [N/A], [N/A]"\n')
+    assert doctor.gpus() == [{"name": "NVIDIA GB10", "memory_mib": 0, "used_mib": 0, "driver": "[N/A]"}]
+    doctor.report(tmp_path)
+    said = capsys.readouterr().out
+    assert "GPUs: NVIDIA GB10 of unknown memory; 1 x any with 22 GiB are needed" in said
+    assert "NVIDIA driver [N/A]; 580 or newer is needed" in said

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from known_engine import KNOWN, SETTINGS
 
+from analysis.advise import recommend
 from experiments.calibrate.published import write
+from experiments.run import main
 from experiments.simulator import estimate
 from experiments.simulator.estimate import load_fractions, session_seconds, simulated_trial_seconds
 from experiments.spec.expand import expand
@@ -89,3 +91,22 @@ def test_a_plan_of_a_simulation_counts_seconds_of_computing() -> None:
     seconds, basis = run_seconds(load_figure("fig9b"), load_testbed("a100-sim"), 5, {}, owed("fig9b", "a100-sim"), None)
     assert basis == "to simulate"
     assert seconds < 60
+
+
+@pytest.mark.parametrize("text", ["", "calibration: [", "title: half\n"])
+def test_a_damaged_calibration_of_this_machine_stops_what_rests_on_it_and_no_estimate(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "HERE", tmp_path)
+    for session in expand(load_figure("fig9a"), load_testbed("cpu"), 1):
+        (tmp_path / f"cpu-{session.engine.model}.yaml").write_text(text)
+    assert main(["fig9a", "--testbed", "cpu", "--plan", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("estimated without this machine's calibration: ") == 2  # one for each model
+    assert "(a guess for mistral-7b; a guess for yi-34b-200k)" in said
+    asked = ["--testbed", "cpu", "--model", "mistral-7b", "--tbt", "0.1", "--runs", str(tmp_path), "--report", str(tmp_path)]
+    assert recommend.main(asked) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "cpu-mistral-7b-w8.yaml") in error
+    assert error.endswith("; make calibrate TESTBED=cpu makes it anew\n")
+    assert error.count("\n") == 1

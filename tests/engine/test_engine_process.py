@@ -1,0 +1,45 @@
+"""An engine that dies outside of a run: one line with its last words, from every command that starts one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from analysis.advise import recommend
+from experiments.calibrate import here
+from experiments.simulator import estimate
+
+
+@pytest.fixture(params=["raise", "kill"])
+def dying(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A vLLM that dies as it is imported; its last words."""
+    (tmp_path / "vllm").mkdir()
+    code = {
+        "raise": "import sys\nprint('a warning', file=sys.stderr)\nraise RuntimeError('no room on the device')",
+        "kill": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    }
+    (tmp_path / "vllm" / "__init__.py").write_text(code[request.param])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(estimate, "HERE", tmp_path / "here")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return {"raise": ": RuntimeError: no room on the device", "kill": " of SIGKILL: it said nothing"}[request.param]
+
+
+@pytest.mark.parametrize("command", ["calibrate", "recommend"])
+def test_an_engine_that_dies_is_one_line(
+    command: str, dying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if command == "calibrate":
+        status = here.main(["--testbed", "cpu", "--out", str(tmp_path)])
+    else:
+        monkeypatch.setattr(recommend, "problems", lambda *_: [])
+        where = ["--runs", str(tmp_path), "--report", str(tmp_path / "report")]
+        status = recommend.main(["--testbed", "cpu", "--model", "yi-34b", "--tbt", "0.1", *where])
+    assert status == 2
+    error = capfd.readouterr().err
+    log = next(tmp_path.glob("engine-*.log"))
+    model = "yi-34b-200k-w8" if command == "calibrate" else "yi-34b-w8"
+    assert error == f"error: {model}: the engine died{dying}; all it said: {log}\n"
+    assert ("a warning" in log.read_text()) == ("RuntimeError" in dying)
