@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "experiments.records": ["errors", "record", "provenance", "terminal", "metrics", "store", "crate"],
     "experiments.spec": ["spec", "expand", "workload"],
-    "experiments.engine": ["session", "vllm_engine", "engine_process", "worker"],
+    "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],
     "experiments.calibrate": ["published", "fit", "here"],

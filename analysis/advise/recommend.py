@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from analysis.show.plots import save
 from analysis.show.plots_capacity import capacity_figure
 from experiments.calibrate.here import calibrate, settings_of
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
+from experiments.engine.arguments import command_line, serving_arguments, serving_environment
 from experiments.machine.doctor import choose_testbed, problems
 from experiments.records import terminal
 from experiments.records.errors import SpecError
@@ -84,18 +86,12 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
 
 
 def serve_arguments(case: Case, setting: Setting) -> str:
-    """What to paste after `vllm serve`: everything that the answer rests on."""
+    """What to paste into a shell: `vllm serve` with everything that the answer rests on, as our own engine is started."""
     source = re.search(r"config\.json of (\S+)", str(read_yaml(MODELS / f"{case.settings.model}.json")["_source"]))
-    values = {
-        "max-num-batched-tokens": setting.budget,
-        "max-num-seqs": setting.max_batch,
-        "max-model-len": case.settings.max_model_len,
-        "tensor-parallel-size": case.settings.tensor_parallel,
-        "dtype": case.settings.dtype,
-        "gpu-memory-utilization": case.settings.gpu_memory_utilization,
-    }
-    given = " ".join(f"--{name} {value}" for name, value in values.items() if value is not None)
-    return f"vllm serve {source[1] if source else 'MODEL'} --enable-chunked-prefill {given}"
+    settings = replace(case.settings, max_budget=setting.budget, max_batch=setting.max_batch)
+    variables = [f"{name}={value}" for name, value in serving_environment(settings).items()]
+    words = ["vllm", "serve", source[1] if source else "MODEL", *command_line(serving_arguments(settings))]
+    return " ".join([*variables, shlex.join(words)])
 
 
 def show(case: Case, advice: Advice) -> None:

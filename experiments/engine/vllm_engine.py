@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.arguments import serving_arguments, serving_environment
 from experiments.records.record import Phase, Record, Recorder, Request
 from experiments.spec.spec import EngineSettings, load_model
 from experiments.spec.workload import prompt_ids
@@ -27,47 +28,26 @@ class EngineError(RuntimeError):
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment variables that must be set before the process imports vLLM.
-
-    OMP_NUM_THREADS: prefill takes 1.7 times as long with 1 thread as with 2, and Ray sets it to the task's CPUs.
-    """
+    """Environment variables that must be set before the process imports vLLM."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     variables |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if settings.platform == "cpu":
-        variables["OMP_NUM_THREADS"] = str(settings.threads or 1)
-        variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib or 1)))
-        if settings.tensor_parallel > 1:  # without explicit cores a NUMA assertion fails
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(settings.tensor_parallel)))
-    return variables
+    return variables | serving_environment(settings)
 
 
 def engine_arguments(settings: EngineSettings, model_dir: str) -> dict[str, Any]:
-    """Arguments of vLLM's EngineArgs for these settings."""
+    """Arguments of vLLM's EngineArgs for these settings: what measuring needs, and what speed rests on."""
     dummy = settings.weights == "dummy"
-    arguments: dict[str, Any] = {
+    return {
         "model": model_dir if dummy else settings.weights,
         "load_format": "dummy" if dummy else "auto",
         # Left to itself inside a Ray placement group, vLLM picks its ray backend for tensor parallelism.
         "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
-        "async_scheduling": False,  # its outputs lag a step, so a token's time would be the next step's
-        "enforce_eager": settings.platform == "cpu",
         "worker_extension_cls": f"{__name__}.{StepEnd.__name__}",
-        "dtype": settings.dtype,
-        "max_num_batched_tokens": settings.max_budget,
-        "max_num_seqs": settings.max_batch,
-        "max_model_len": settings.max_model_len,
-        "tensor_parallel_size": settings.tensor_parallel,
         "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
         "disable_log_stats": True,
         "seed": 0,
+        **serving_arguments(settings),
     }
-    if settings.gpu_memory_utilization:
-        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    if dummy and settings.max_model_len > load_model(settings.model)["max_position_embeddings"]:
-        # Yi-34B states 4,096 positions; the paper serves 8,192. RoPE needs no table of that size.
-        arguments["hf_overrides"] = {"max_position_embeddings": settings.max_model_len}
-    return arguments
 
 
 class StepEnd:

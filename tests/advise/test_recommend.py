@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import math
+import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,24 @@ import check_advice
 import numpy as np
 import pandas as pd
 import pytest
+from known_engine import KNOWN
 
 from analysis.advise import paper_capacity, recommend
-from analysis.advise.advice import Advice, Option
+from analysis.advise.advice import Advice, Case, Option
 from analysis.advise.capacity import Latency, Setting
 from analysis.advise.recommend import case_of, serve_arguments
 from experiments.cluster.trials import Load, load_sessions
+from experiments.engine.arguments import serving_arguments
 from experiments.engine.session import run_session, warm_up
+from experiments.engine.vllm_engine import engine_arguments, environment
 from experiments.machine.doctor import problems
 from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase
 from experiments.records.provenance import gpus
 from experiments.records.record import Record
 from experiments.simulator.simulator import simulated_engine
-from experiments.spec.expand import LoadPoint, Session
-from experiments.spec.spec import load_testbed
+from experiments.spec.expand import LoadPoint, Session, expand
+from experiments.spec.spec import TESTBEDS, load_figure, load_model, load_testbed
 from experiments.spec.workload import Trace, choose_trace, describe_trace, load_bench_result, synthetic_trace
 
 
@@ -178,19 +183,46 @@ def test_capacity_is_of_simulations_at_the_papers_scale(capsys: pytest.CaptureFi
     assert "TESTBED: got cpu; allowed: a simulated one at the paper's scale" in capsys.readouterr().err
 
 
+SERVED = {
+    f"{testbed}-{session.model}": session
+    for testbed in sorted(path.stem for path in TESTBEDS.glob("*.yaml"))
+    for session in expand(load_figure("fig9b"), load_testbed(testbed), 1)
+}
+
+
 @pytest.mark.engine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, on import
-def test_what_is_to_be_pasted_is_what_vllm_takes() -> None:
-    """Parsed by vLLM's own parser."""
-    from vllm.engine.arg_utils import EngineArgs
+@pytest.mark.parametrize("session", SERVED.values(), ids=SERVED)
+def test_what_is_to_be_pasted_is_what_vllm_takes(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's own parser and its check of the model's config; the model's name stands for its config alone."""
+    for name, value in environment(session.engine).items():
+        monkeypatch.setenv(name, value)
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    case = Case(session, KNOWN, synthetic_trace(), 1024, 8192, (42,))
+    words = shlex.split(serve_arguments(case, Setting(768, 8)))
+    start, longest = words.index("vllm"), session.engine.max_model_len
+    assert words[start + 1] == "serve"
+    assert ("OMP_NUM_THREADS=1" in words[:start]) == (session.engine.platform == "cpu")
+    (tmp_path / "config.json").write_text(json.dumps(load_model(session.engine.model)))
+    parsed = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", str(tmp_path), *words[start + 3 :]])
+    arguments = AsyncEngineArgs.from_cli_args(parsed)
+    assert arguments.create_model_config().max_model_len == longest
+    assert (arguments.max_num_batched_tokens, arguments.max_num_seqs, arguments.max_model_len) == (768, 8, longest)
+    ours = engine_arguments(replace(session.engine, max_budget=768, max_batch=8), str(tmp_path))
+    for name in serving_arguments(session.engine):
+        assert getattr(arguments, name) == ours[name]
+    assert (ours["enable_prefix_caching"], ours["async_scheduling"], ours["enable_chunked_prefill"]) == (False, False, True)
+
+
+def test_the_papers_models_are_pasted_by_their_own_names() -> None:
     case = case_of(load_testbed("a100-sim"), "yi-34b", synthetic_trace())
-    words = serve_arguments(case, Setting(768, 64)).split()
-    assert words[:3] == ["vllm", "serve", "01-ai/Yi-34B"]
-    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words[3:])
-    assert (parsed.max_num_batched_tokens, parsed.max_num_seqs, parsed.max_model_len) == (768, 64, 8192)
-    assert (parsed.tensor_parallel_size, parsed.enable_chunked_prefill) == (2, True)
+    assert serve_arguments(case, Setting(768, 64)) == (
+        "vllm serve 01-ai/Yi-34B --enable-chunked-prefill --max-num-batched-tokens 768 --max-num-seqs 64 --max-model-len 8192 "
+        "--tensor-parallel-size 2 --dtype float16 --no-enable-prefix-caching --no-async-scheduling --no-enforce-eager "
+        "--gpu-memory-utilization 0.85 --hf-overrides '{\"max_position_embeddings\": 8192}'"
+    )
 
 
 def test_loads_become_sessions() -> None:
