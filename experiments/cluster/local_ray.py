@@ -151,7 +151,7 @@ def _why(address: str | None, error: Exception) -> str:
         return f"Ray did not start on this machine: {said[-400:]}"
     if found := re.search(r"[Vv]ersion mismatch.*", said):
         return f"RAY_ADDRESS: got {address!r}; {found[0][:300]}: every node needs the same Ray and Python"
-    return f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN ({said[-200:]})"
+    return f"RAY_ADDRESS: got {address!r}; no Ray cluster answers there, or it wants another RAY_AUTH_TOKEN ({said[:200]})"
 
 
 def _node_here(address: str) -> bool:

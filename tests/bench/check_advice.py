@@ -25,7 +25,7 @@ from experiments.cluster.trials import Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed
 from experiments.records.errors import SpecError
 from experiments.records.terminal import arguments, command, console, parse, result, took
-from experiments.spec.spec import Testbed
+from experiments.spec.spec import Testbed, load_figure
 from experiments.spec.workload import choose_trace, describe_trace
 
 RATES = [1.19**n for n in range(-4, 3)]  # times the highest simulated capacity without a TBT target
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     testbed, _ = choose_testbed(options.testbed, options.runs)
     if testbed.platform == "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
-    trace = choose_trace(options.trace)
+    trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
     console.print(describe_trace(trace))
     began = time.monotonic()
     calibrate(*settings_of(testbed)[testbed.models[options.model]], testbed.testbed)
