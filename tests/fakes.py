@@ -11,17 +11,27 @@ from typing import Any
 
 from analysis.judge.load import Run, TrialRecord
 from experiments.engine.session import run_session
+from experiments.records.provenance import sha256
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Recorder, frame
+from experiments.simulator.cost_model import CALIBRATIONS
 from experiments.simulator.scheduler import Scheduler
 from experiments.simulator.scheduler import Sequence as Running
 from experiments.spec.expand import Session, expand
-from experiments.spec.spec import EngineSettings, load_figure, load_testbed
+from experiments.spec.spec import FIGURES, TESTBEDS, EngineSettings, load_figure, load_testbed, path_of
 from experiments.spec.workload import synthetic_trace
 
 Factor = Callable[[int, int], float]  # (prompt tokens, chunk size in tokens) -> relative cost
 StepCost = Callable[[int, int, int], float]  # (prefill tokens, decode tokens, chunk size), all in tokens -> seconds
 A100 = ["NVIDIA A100-SXM4-80GB"] * 2
 SATURATION = {"mistral-7b": 9.0, "yi-34b": 7.0}  # requests per second, as if measured
+
+
+def fake_facts(settings: EngineSettings) -> dict[str, Any]:
+    """Those of an engine that is on what its settings name."""
+    found = {"engine": "fake", "fake": "1", "vllm": "0", "torch": "0", "dtype": "float32", "threads": 1}
+    if settings.platform == "simulated":
+        return found | {"simulated": True, "calibration": settings.calibration}
+    return found | {"device": A100[0] if settings.platform == "cuda" else "cpu"}
 
 
 class FakeEngine:
@@ -34,7 +44,7 @@ class FakeEngine:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"engine": "fake", "fake": "1", "vllm": "0", "torch": "0", "dtype": "float32", "threads": 1}
+        return fake_facts(self.settings)
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         self.ran.append(phases)
@@ -88,7 +98,7 @@ class FakeServingEngine:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"engine": "fake", "fake": "1", "vllm": "0", "torch": "0", "dtype": "float32", "threads": 1}
+        return fake_facts(self.settings)
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         recorder, now = Recorder(), 0.0
@@ -140,7 +150,7 @@ def chunked(prefill: int, decodes: int, budget: int) -> float:
 
 
 def serving_run(cost: StepCost = chunked, noise: float = 0.05, testbed: str = "cpu", replicates: int = 3) -> Run:
-    """A Figure 9b run in memory. noise: of every step."""
+    """A Figure 9b run in memory. noise: of every step; testbed: name or YAML path."""
     trace = synthetic_trace()
     sessions = expand(load_figure("fig9b"), load_testbed(testbed), replicates, SATURATION)
 
@@ -152,13 +162,23 @@ def serving_run(cost: StepCost = chunked, noise: float = 0.05, testbed: str = "c
             for r in results
         ]
 
-    return in_memory(sessions, tuple(trial for session in sessions for trial in trials(session)))
+    return in_memory(sessions, tuple(trial for session in sessions for trial in trials(session)), testbed=testbed)
 
 
-def synthetic_run(factor: Factor, noise: float = 0.01, testbed: str = "cpu", replicates: int = 5, bias: float = 0.0) -> Run:
-    """A Figure 9a run in memory. noise: of every prefill; bias: spread between sessions of the smallest chunk size."""
+def synthetic_run(
+    factor: Factor,
+    noise: float = 0.01,
+    testbed: str = "cpu",
+    replicates: int = 5,
+    bias: float = 0.0,
+    figure: str = "fig9a",
+) -> Run:
+    """A Figure 9a run in memory. noise: of every prefill; bias: spread between sessions of the smallest chunk size.
+
+    testbed, figure: names or YAML paths.
+    """
     trials = []
-    sessions = expand(load_figure("fig9a"), load_testbed(testbed), replicates)
+    sessions = expand(load_figure(figure), load_testbed(testbed), replicates)
     for session in sessions:
         smallest = min(point.budget for point in session.trials[0].points)
         shift = math.exp(random.Random(f"{session.name}").gauss(0.0, bias))
@@ -172,7 +192,7 @@ def synthetic_run(factor: Factor, noise: float = 0.01, testbed: str = "cpu", rep
         for result in run_session(session, [trial.name for trial in session.trials], make):
             facts = {"format": 1, "session": result.session, "trial": result.trial, **result.facts}
             trials.append(TrialRecord(Path("in-memory"), facts, result.record))
-    return in_memory(sessions, tuple(trials))
+    return in_memory(sessions, tuple(trials), figure, testbed)
 
 
 def tiny_record() -> Record:
@@ -197,9 +217,11 @@ def tiny_record() -> Record:
     return Record(frame(requests, REQUEST_COLUMNS), frame(steps, STEP_COLUMNS), frame(tokens, TOKEN_COLUMNS))
 
 
-def in_memory(sessions: Sequence[Session], trials: tuple[TrialRecord, ...]) -> Run:
-    """The trials of these sessions as a run of one bag."""
+def in_memory(sessions: Sequence[Session], trials: tuple[TrialRecord, ...], figure: str = "", testbed: str = "") -> Run:
+    """The trials of these sessions as a run of one bag; figure and testbed as the sessions were expanded from."""
     first = sessions[0]
+    files = {"figure": path_of(figure or first.figure, FIGURES), "testbed": path_of(testbed or first.testbed, TESTBEDS)}
+    files |= {name: CALIBRATIONS / f"{name}.yaml" for session in sessions if (name := session.engine.calibration)}
     if first.engine.platform == "cuda":
         trials = tuple(replace(t, facts={**t.facts, "machine": {**t.facts["machine"], "gpus": A100}}) for t in trials)
     plan = {
@@ -209,9 +231,9 @@ def in_memory(sessions: Sequence[Session], trials: tuple[TrialRecord, ...]) -> R
         "platform": first.engine.platform,
         "scale": first.scale,
         "commit": {"commit": None, "modified": None},
-        "identity": {},
+        "identity": {name: sha256(path) for name, path in files.items()},
         "not_run": [],
-        "requires": asdict(load_testbed(first.testbed).requires),
+        "requires": asdict(load_testbed(testbed or first.testbed).requires),
         "sessions": {session.name: [trial.name for trial in session.trials] for session in sessions},
     }
     return Run(first.figure, first.testbed, (Path("bag-00000000-1"),), plan, trials)

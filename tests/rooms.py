@@ -20,7 +20,7 @@ FLOORS = {
     "experiments.calibrate": ["published", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
     "experiments": ["run"],
-    "analysis.judge": ["load", "integrity", "archive", "stats", "gates", "claims", "verify"],
+    "analysis.judge": ["known", "load", "integrity", "archive", "stats", "scope", "gates", "claims", "verify"],
     "analysis.show": [
         "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views", "report", "export"
     ],

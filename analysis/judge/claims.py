@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from analysis.judge.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill, serving_trials
-from analysis.judge.stats import LEVELS, Array, Sample, holm, replicates_needed
+from analysis.judge.scope import Scope, not_ours, outside
+from analysis.judge.stats import LEVELS, Array, Sample, holm, replicates_needed, sample
 from experiments.spec.spec import STRICT, read_spec
 
 Chunk = int | Literal["unchunked"]
@@ -31,6 +32,19 @@ class Statistic:
     over: Literal["worst", "geomean"] = "geomean"
     qps: float | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Statistic:
+        ends, monotone = (self.chunk_size, self.against), self.name == "prefill_monotone"
+        if any((end is None) != monotone for end in ends) or (self.qps is None) != self.name.startswith("prefill"):
+            two = "prefill_overhead with chunk_size and against"
+            raise ValueError(f"allowed: prefill_monotone alone; {two}; ttft_p50 or tbt_p99 with these and qps")
+        return self
+
+    def words(self) -> str:
+        """The points that it compares."""
+        sizes = f"chunk size {self.chunk_size} and {self.against}" if self.chunk_size else "two neighbouring chunk sizes"
+        return f"{sizes} at {'prompts longer than both' if self.qps is None else f'QPS {self.qps:g}'}"
+
 
 @dataclass(frozen=True, config=STRICT)
 class Claim:
@@ -44,7 +58,7 @@ class Claim:
     rule: Literal["ordering", "bound", "equivalence"]
     statistic: Statistic
     reason: str
-    scope: Annotated[tuple[str, ...], Field(min_length=1)]
+    scope: Scope
     bound: Annotated[float, Field(gt=0)] = 1.0
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
@@ -59,34 +73,74 @@ def load_claims() -> tuple[Claim, ...]:
     return read_spec(REFERENCE / "claims.yaml", _ClaimsFile).claims
 
 
-def _prefill_ratio(times: pd.DataFrame, statistic: Statistic) -> float:
-    """times: prompt_length x chunk_size -> seconds, of one replicate. The aggregated ratio; NaN if a point is missing."""
-
-    def compared(size: object, against: object) -> pd.Series:
-        longest = max(float(str(c)) for c in (size, against) if c != "unchunked")
-        chunked = times[times.index > longest]
-        return chunked[str(size)] / chunked[str(against)]
-
+def _compared(statistic: Statistic, at: Iterable[float], sizes: Sequence[str]) -> list[tuple[float, str, str]]:
+    """Which points the statistic divides by which: (prompt length or QPS, chunk size, against). Empty if one is not there."""
+    settings = [(str(statistic.chunk_size), str(statistic.against))]
     if statistic.name == "prefill_monotone":
-        sizes = sorted((name for name in times.columns if name != "unchunked"), key=float)
-        return min(math.inf, *(float(compared(*pair).min()) for pair in pairwise(sizes)))
-    found = compared(statistic.chunk_size, statistic.against)
-    return float(found.max(skipna=False) if statistic.over == "worst" else np.exp(np.log(found).mean(skipna=False)))
+        settings = list(pairwise(sorted((size for size in sizes if size != "unchunked"), key=float)))
+    found = []
+    for pair in settings:
+        longest = max((float(size) for size in pair if size != "unchunked"), default=0.0)
+        own = [each for each in at if (each > longest if statistic.qps is None else each == statistic.qps)]
+        if not own or not set(pair) <= set(sizes):
+            return []
+        found += [(each, *pair) for each in own]
+    return found
+
+
+def _ratio(table: pd.DataFrame, statistic: Statistic) -> float | None:
+    """table: prompt length or QPS x chunk size -> seconds, of one replicate. The aggregated ratio; None if the statistic has no
+    points there, NaN if one of them has no time."""
+    if not (points := _compared(statistic, table.index, list(table.columns))):
+        return None
+    over, under = (np.array([table.at[point[0], point[side]] for point in points], dtype=np.float64) for side in (1, 2))
+    with np.errstate(all="ignore"):
+        found = np.log(over / under)
+    if not np.isfinite(found).all():
+        return math.nan
+    if statistic.name == "prefill_monotone":
+        return math.exp(found.min())
+    return math.exp(found.max() if statistic.over == "worst" else found.mean())
 
 
 def ratios(run: Run, claim: Claim) -> dict[int, float]:
-    """seed -> the claim's ratio, one per replicate; empty if the run does not hold the claim's model or points."""
-    statistic = claim.statistic
-    if run.kind == "serving":
-        trials = serving_trials(run)
-        trials = trials[(trials["model"] == claim.model) & (trials["qps"] == statistic.qps) & ~trials["repeat"]]
-        values = trials.pivot_table(index="seed", columns="chunk_size", values=statistic.name)
-        compared = values[str(statistic.chunk_size)] / values[str(statistic.against)]
-        return {int(str(seed)): float(ratio) for seed, ratio in compared.items()}
-    times = prefill_replicates(prefill_times(run))
+    """seed -> the claim's ratio, one per replicate, NaN where a point is missing; empty if no replicate has its points."""
+    at, value = ("qps", claim.statistic.name) if run.kind == "serving" else ("prompt_length", "seconds")
+    times = serving_trials(run) if run.kind == "serving" else prefill_times(run)
+    if times.empty or (at == "qps") != (claim.statistic.qps is not None):
+        return {}
+    times = times[~times["repeat"]] if at == "qps" else prefill_replicates(times)
     times = times[times["model"] == claim.model]
-    tables = times.pivot_table(index=["seed", "prompt_length"], columns="chunk_size", values="seconds")
-    return {int(str(seed)): _prefill_ratio(table.droplevel(0), statistic) for seed, table in tables.groupby(level="seed")}
+    table = times.groupby(["seed", at, "chunk_size"])[value].median(skipna=False).unstack()
+    seeds = sorted({trial.facts["seed"] for trial in run.trials if trial.facts["model"] == claim.model})
+    places = table.index.unique(at)  # a replicate without one of them lacks a point
+    whole = table.reindex(pd.MultiIndex.from_product([seeds, places]))
+    found = {int(seed): _ratio(whole.loc[seed], claim.statistic) for seed in seeds}
+    return {seed: ratio for seed, ratio in found.items() if ratio is not None}
+
+
+def observe(run: Run, claim: Claim, broken: str = "") -> Sample | tuple[str, str]:
+    """What the claim's rule is put to; or, where it must not be, verdict and reason. broken: gates that do not hold."""
+    if reason := outside(run, claim.model, claim.scope):
+        return "NOT-APPLICABLE", reason
+    if claim.model not in run.models:
+        return "NOT-RUN", f"{claim.model} was not run on {run.testbed}"
+    if reason := broken or (not_ours(run) if claim.scope.ours else ""):
+        return "INCONCLUSIVE", reason
+    quantity = "prefill" if claim.statistic.qps is None else claim.statistic.name
+    if (error := run.model_error(claim.model, quantity)) is None:
+        return (
+            "INCONCLUSIVE",
+            f"{claim.model} was simulated with a calibration that is none of this artifact's, of unknown error",
+        )
+    found, points = ratios(run, claim), claim.statistic.words()
+    if not found:
+        return "NOT-RUN", f"{run.figure} as it was run has no {points}"
+    if missing := [str(seed) for seed, ratio in found.items() if math.isnan(ratio)]:
+        return "INCONCLUSIVE", f"seeds without a time for some of {points}: {', '.join(missing)}"
+    if claim.rule == "equivalence" and published_ratio(claim) is None:
+        return "INCONCLUSIVE", f"nothing is published of {points} for {claim.model}"
+    return sample([found[seed] for seed in sorted(found)], error)
 
 
 @cache
@@ -95,7 +149,7 @@ def published_ratio(claim: Claim) -> float | None:
     if claim.figure != "fig9a" or claim.model != "yi-34b-200k":
         return None
     table = published_prefill().pivot_table(index="prompt_length", columns="chunk_size", values="prefill_ms")
-    return _prefill_ratio(table, claim.statistic)
+    return _ratio(table, claim.statistic)
 
 
 def published_verdict(claim: Claim) -> dict[str, Any]:

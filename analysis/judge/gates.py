@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from analysis.judge.load import Run, differing, probe_steps, repeat_ratios, serving_trials
+from analysis.judge.scope import place_of
 from analysis.judge.stats import LEVELS
+from experiments.spec.expand import SATURATION
 
 NOISE_LIMIT = 0.25  # interquartile range of the probe step over its median, median over sessions
 REPEAT_LIMIT = 1.15  # a session's first trial and its repetition at the end, median over sessions
@@ -23,9 +25,23 @@ class Gate:
 
 
 def noise(run: Run) -> float:
-    """The machine's noise: the probe step's interquartile range over its median within a session, median over sessions."""
+    """The machine's noise: the probe step's interquartile range over its median within a session, median over sessions.
+
+    NaN if a session has no probe.
+    """
     seconds = probe_steps(run).groupby("session")["seconds"]
-    return float(((seconds.quantile(0.75) - seconds.quantile(0.25)) / seconds.median()).median())
+    spreads = (seconds.quantile(0.75) - seconds.quantile(0.25)) / seconds.median()
+    return float(spreads.reindex(list({trial.facts["session"] for trial in run.trials})).median(skipna=False))
+
+
+def _repeated(run: Run) -> Gate:
+    """An order effect shows as a difference between a session's first trial and its repetition."""
+    sessions = {trial.facts["session"] for trial in run.trials if trial.facts["trial"] != SATURATION}
+    once = sessions - {trial.facts["session"] for trial in run.trials if trial.repeat}
+    again = float(repeat_ratios(run).median(skipna=False))
+    said = f"its repetition takes {again:.3f} times as long, limit {REPEAT_LIMIT} either way"
+    said += f"; {len(once)} sessions have none" if once else ""
+    return Gate("first trial repeated", not once and 1 / REPEAT_LIMIT <= again <= REPEAT_LIMIT, said)
 
 
 def _total(run: Run, table: str, column: str) -> int:
@@ -33,16 +49,16 @@ def _total(run: Run, table: str, column: str) -> int:
 
 
 def _platform(run: Run) -> Gate:
-    """Claims are scoped by the testbed's name, so the machine must be the one that the testbed names."""
-    platform, needs = run.plan["platform"], run.plan.get("requires", {})
-    wrong = set()
+    """The machine must be what the plan says of it: claims are judged by what it is."""
+    said, wrong = (run.plan["platform"], run.plan["scale"]), set()
     for trial in run.trials:
-        cards = trial.facts["machine"].get("gpus", [])
-        if bool(trial.facts["engine"].get("simulated")) != (platform == "simulated"):
-            wrong.add("measured" if platform == "simulated" else "simulated")
-        elif platform == "cuda" and not (needs and len(cards) >= needs["gpus"] and all(needs["gpu_name"] in c for c in cards)):
-            wrong.add(f"GPUs: {', '.join(cards) or 'none'}; {needs.get('gpus', '?')} x {needs.get('gpu_name', '?')} are needed")
-    return Gate("platform of the testbed", not wrong, "; ".join(sorted(wrong)) or f"{platform}, as testbed {run.testbed} says")
+        place, cards = place_of(run, trial), trial.facts["machine"].get("gpus", [])
+        if (place.platform, place.scale) != said:
+            wrong.add(f"{place.platform}, scale {place.scale}")
+        elif place.platform == "cuda" and len(cards) < place.tensor_parallel:
+            wrong.add(f"{len(cards)} GPUs; {place.tensor_parallel} are needed")
+    planned = f"{said[0]}, scale {said[1]}, as testbed {run.testbed} says"
+    return Gate("platform of the testbed", not wrong, "; ".join([*sorted(wrong), f"not {planned}"]) if wrong else planned)
 
 
 def _arrivals(run: Run) -> Gate:
@@ -52,7 +68,7 @@ def _arrivals(run: Run) -> Gate:
     late = 0
     for trial in run.trials:
         lateness = trial.record.requests["injected_s"] - trial.record.requests["arrival_s"]
-        late += bool(lateness.quantile(0.99) > trial.record.steps["seconds"].max() + LATENESS_SLACK_S)
+        late += not lateness.quantile(0.99) <= trial.record.steps["seconds"].max() + LATENESS_SLACK_S  # so that NaN is late
     p99 = serving_trials(run)["lateness_p99"].max()
     return Gate("arrivals kept", not late, f"{late} trials inject later than their longest step; worst P99 {p99:.3f} s")
 
@@ -62,8 +78,9 @@ def _steps(run: Run) -> tuple[Gate, Gate]:
     for trial in run.trials:
         steps, times = trial.record.steps, trial.record.tokens["time_s"]
         over += int((steps["prefill_tokens"] + steps["decode_tokens"] > steps["budget"]).sum())
-        overlap = steps["start_s"] < (steps["start_s"] + steps["seconds"]).shift() - 1e-9
-        wrong += int((steps["seconds"] <= 0).sum() + overlap.sum() + (times.diff() < 0).sum())
+        after = steps["start_s"] >= (steps["start_s"] + steps["seconds"]).shift() - 1e-9
+        for right in (steps["seconds"] > 0, after.iloc[1:], times.diff().iloc[1:] >= 0):
+            wrong += int((~right).sum())  # NaN is wrong
     said = f"{wrong} steps or tokens end before they start, overlap or come out of order"
     return Gate("budget obeyed", not over, f"{over} steps above their chunk size"), Gate("clock monotonic", not wrong, said)
 
@@ -77,8 +94,7 @@ def check(run: Run) -> list[Gate]:
     cut = sum(trial.record.truncated for trial in run.trials)
     hits, preempted = _total(run, "requests", "cached_tokens"), _total(run, "steps", "preempted")
     declared = ", declared" if run.plan.get("may_preempt") else ""
-    spread, again = noise(run), float(repeat_ratios(run).median())
-    alike = 1 / REPEAT_LIMIT <= again <= REPEAT_LIMIT
+    spread = noise(run)
     served = {(t.facts["process"], t.facts["model"], t.facts["seed"]) for t in run.trials}
     shared = sum(count > 1 for count in Counter(process for process, *_ in served).values())
     unlike = differing(run)
@@ -92,7 +108,7 @@ def check(run: Run) -> list[Gate]:
         Gate("no undeclared preemption", bool(declared) or not preempted, f"{preempted} preemptions{declared}"),
         clock,
         Gate("machine noise", spread <= NOISE_LIMIT, f"{spread:.3f} of a fixed step's time, limit {NOISE_LIMIT}"),
-        Gate("first trial repeated", alike, f"its repetition takes {again:.3f} times as long, limit {REPEAT_LIMIT} either way"),
+        _repeated(run),
         _platform(run),
         Gate("independent replicates", not shared, f"{shared} engine processes served more than one replicate"),
         Gate("one version, one machine type", not unlike, "; ".join(unlike) or "all trials alike"),

@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.judge.known import KnownCalibration, calibration_of
 from experiments.records.errors import SpecError
-from experiments.records.metrics import of_phase, point_phase, prefill_seconds, serving_metrics
+from experiments.records.metrics import of_phase, prefill_seconds, serving_metrics
 from experiments.records.provenance import ROOT
 from experiments.records.record import Record
 from experiments.records.store import read_trial
@@ -46,6 +47,11 @@ class TrialRecord:
         """Whether this is the first trial of its session run again at the end."""
         return str(self.facts["trial"]).endswith(REPEAT)
 
+    @property
+    def simulated(self) -> bool:
+        """Whether its engine was a simulation."""
+        return bool(self.facts["engine"].get("simulated"))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -63,30 +69,35 @@ class Run:
         """How tables and pictures are labelled; a simulated run names its calibrations and their held-out errors."""
         scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
         trace = f"; trace {self.trace['name']}" if self.trace else ""
-        where = printable(f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})")
-        engines = [trial.facts["engine"] for trial in self.trials]
-        errors = {e["calibration"]: e["calibration_error"]["held_out"] for e in engines if "calibration" in e}
-        told = "; ".join(f"{name}, held-out error {error:.1%}" for name, error in sorted(errors.items()))
-        return f"SIMULATED ({told}) {where}" if self.simulated else str(where)
+        where = f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})"
+        used = ((trial.facts["engine"].get("calibration"), self.calibration(trial)) for trial in self.trials if trial.simulated)
+        errors = {f"{name}, {f'held-out error {own.error.step:.1%}' if own else 'of unknown error'}" for name, own in used}
+        return str(printable(f"SIMULATED ({'; '.join(sorted(errors))}) {where}" if self.simulated else where))
 
     @property
     def simulated(self) -> bool:
-        """Whether the run was simulated; every table and picture of it says so."""
-        return bool(self.plan["platform"] == "simulated")
+        """Whether any of the run was simulated; every table and picture of it says so."""
+        return self.plan["platform"] == "simulated" or any(trial.simulated for trial in self.trials)
 
-    def model_error(self, model: str) -> float:
-        """Held-out relative error of the step times of a model: 0 where they were measured."""
-        errors = (t.facts["engine"].get("calibration_error") for t in self.trials if t.facts["model"] == model)
-        return max((float(error["held_out"]) for error in errors if error), default=0.0)
+    def calibration(self, trial: TrialRecord) -> KnownCalibration | None:
+        """What a simulated trial was timed by; None if it is not one of ours, past or present."""
+        return calibration_of(trial.facts["engine"], self.plan["identity"])
+
+    def model_error(self, model: str, quantity: str) -> float | None:
+        """Relative error of a quantity of a model, as we know it of its calibrations: 0 where it was measured, None where it
+        was simulated with a calibration that is not ours."""
+        used = [self.calibration(trial) for trial in self.trials if trial.simulated and trial.facts["model"] == model]
+        errors = [known.error.of(quantity) for known in used if known]
+        return max(errors, default=0.0) if len(errors) == len(used) else None
 
     @cached_property
     def serving(self) -> pd.DataFrame:
         """serving_trials, computed once: every claim, gate and picture asks for it."""
-        points = ((trial, point_phase(trial.facts["phases"])) for trial in self.trials)
         rows = [
             _facts(trial, phase, "qps", "rate", "budget") | serving_metrics(of_phase(trial.record, phase))
-            for trial, phase in points
-            if trial.facts["phases"][phase]["role"] == "point"
+            for trial in self.trials
+            for phase, role in enumerate(trial.facts["phases"])
+            if role["role"] == "point"
         ]
         return pd.DataFrame(rows)
 
@@ -251,13 +262,14 @@ def _relative(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
 
 
 def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, seed and point: `seconds` the median over the session's passes (repeats left out),
+    """One row per model, seed and point: `seconds` the median over the session's passes (repeats left out; NaN if one of them
+    lacks the point),
 
     `relative` its ratio to the same session's unchunked prefill of the same length.
     """
     keys = ["model", "in_paper", "seed", "prompt_length"]
-    medians = times[~times["repeat"]].groupby([*keys, "chunk_size"], sort=False)["seconds"].median()
-    return _relative(medians.reset_index(), keys, "seconds")
+    passes = times[~times["repeat"]].groupby([*keys, "chunk_size", "trial"], sort=False)["seconds"].max().unstack("trial")
+    return _relative(passes.median(axis=1, skipna=False).rename("seconds").reset_index(), keys, "seconds")
 
 
 def published_prefill() -> pd.DataFrame:

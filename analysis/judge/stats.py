@@ -78,9 +78,11 @@ class Sample:
 
 def sample(ratios: Sequence[float], error: float = 0.0) -> Sample:
     """Ratios, one per replicate, and the relative error they share -> Sample. Raises ValueError for a ratio that is no
-    positive number."""
+    positive number, or an error that is negative or none."""
     if not ratios or not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
         raise ValueError(f"ratios: got {list(ratios)}; positive numbers are needed")
+    if not 0 <= error < math.inf:  # a negative one would narrow the interval past itself
+        raise ValueError(f"error: got {error}; allowed: 0 or a positive number")
     return Sample(np.log(np.asarray(ratios, dtype=np.float64)), math.log1p(error))
 
 

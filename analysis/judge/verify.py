@@ -19,7 +19,7 @@ from rich.text import Text
 from analysis.judge import archive, gates, integrity
 from analysis.judge import claims as rules
 from analysis.judge.load import Run, find_runs, load_run, printable, unfinished
-from analysis.judge.stats import sample
+from analysis.judge.stats import Sample
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sha256
 from experiments.records.store import to_json, write_whole
@@ -77,16 +77,11 @@ def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None)
             entry |= {"verdict": "INCONCLUSIVE", "reason": reason}
         elif run is None:
             entry |= {"verdict": "FAIL", "reason": f"the bag is not as it was sealed: {part['integrity'][0]}"}
-        elif run.testbed not in claim.scope:
-            entry |= {"verdict": "NOT-APPLICABLE", "reason": f"claimed of {', '.join(claim.scope)}; this is {run.testbed}"}
-        elif claim.model not in run.models:
-            entry |= {"verdict": "NOT-RUN", "reason": f"{claim.model} was not run on {run.testbed}"}
-        elif broken:
-            entry |= {"verdict": "INCONCLUSIVE", "reason": broken}
-        else:
-            found = rules.ratios(run, claim)
+        elif isinstance(found := rules.observe(run, claim, broken), Sample):
             entry["trace"] = run.trace["name"] if run.trace else None
-            judged.append((claim, sample([found[seed] for seed in sorted(found)], run.model_error(claim.model))))
+            judged.append((claim, found))
+        else:
+            entry |= dict(zip(("verdict", "reason"), found, strict=True))
         decided.append(entry)
     if run is None or not judged:
         return decided
@@ -96,7 +91,7 @@ def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None)
 
 def _entry(claim: rules.Claim) -> dict[str, Any]:
     said = {name: getattr(claim, name) for name in ("id", "figure", "model", "statement", "source", "rule")}
-    said |= {"margin_reason": claim.reason, "scope": list(claim.scope), "published": rules.published_verdict(claim)}
+    said |= {"margin_reason": claim.reason, "scope": claim.scope.words(), "published": rules.published_verdict(claim)}
     return said | {"run": None, "title": None, "simulated": False, "numbers": {}}
 
 

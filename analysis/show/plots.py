@@ -49,13 +49,13 @@ STYLE: Any = {
 styled = mpl.rc_context(STYLE)  # decorates whatever draws
 
 
-def mean_interval(values: pd.Series, error: float) -> tuple[int, float, float, float]:
+def mean_interval(values: pd.Series, error: float | None) -> tuple[int, float, float, float]:
     """How many replicates, their geometric mean and the 95 % t interval of their logs, NaN where there are fewer than two.
 
-    On that scale a ratio and its inverse are alike. error: by which a simulated interval is wider.
+    On that scale a ratio and its inverse are alike. error: by which a simulated interval is wider; None: unknown, no interval.
     """
-    seen = sample(values.tolist(), error)
-    low, high = seen.interval() if seen.n > 1 else (math.nan, math.nan)
+    seen = sample(values.tolist(), error or 0.0)
+    low, high = seen.interval() if seen.n > 1 and error is not None else (math.nan, math.nan)
     return seen.n, float(seen.ratio), float(low), float(high)
 
 
@@ -67,7 +67,7 @@ def relative_intervals(run: Run) -> pd.DataFrame:
     ratios = prefill_replicates(prefill_times(run))
     ratios = ratios[np.isfinite(ratios["relative"]) & (ratios["relative"] > 0)]  # the rest did not finish; a gate says so
     groups = ratios.groupby(KEYS, sort=False)["relative"]
-    rows = [(*key, *mean_interval(values, run.model_error(key[0]))) for key, values in groups]
+    rows = [(*key, *mean_interval(values, run.model_error(key[0], "prefill"))) for key, values in groups]
     return pd.DataFrame(rows, columns=[*KEYS, "replicates", "relative", "low", "high"]).astype({"in_paper": bool})
 
 

@@ -37,7 +37,8 @@ def serving_intervals(run: Run) -> pd.DataFrame:
     if len(trials):
         finished = trials[list(NAMES)].gt(0).all(axis=1)  # NaN: nothing finished, or one token each; a gate says so
         for key, group in trials[finished & ~trials["repeat"]].groupby(KEYS, sort=False):
-            (count, *ttft), (_, *gap) = (plots.mean_interval(group[name], run.model_error(str(key[0]))) for name in NAMES)
+            found = (plots.mean_interval(group[name], run.model_error(str(key[0]), name)) for name in NAMES)
+            (count, *ttft), (_, *gap) = found
             rows.append((*key, group["rate"].min(), group["rate"].max(), count, *ttft, *gap))
     values = [f"{metric}{end}" for metric in NAMES for end in ("", "_low", "_high")]
     table = pd.DataFrame(rows, columns=[*KEYS, "rate", "rate_high", "replicates", *values])

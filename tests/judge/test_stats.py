@@ -52,6 +52,12 @@ def test_ratios_must_be_positive_numbers(ratios: list[float]) -> None:
         sample(ratios)
 
 
+@pytest.mark.parametrize("error", [-0.5, math.nan, math.inf])
+def test_an_error_cannot_narrow_an_interval(error: float) -> None:
+    with pytest.raises(ValueError, match="allowed: 0 or a positive number"):
+        sample([1.1, 1.2], error)
+
+
 @pytest.mark.parametrize(("effect", "spread"), [(0.05, 0.05), (0.1, 0.1), (0.03, 0.04)])
 def test_replicates_needed_have_the_power_they_promise(effect: float, spread: float) -> None:
     rng = np.random.default_rng(7)

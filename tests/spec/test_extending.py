@@ -52,7 +52,9 @@ def test_a_claim(runs_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     reference = Path(shutil.copytree(claims.REFERENCE, tmp_path / "reference"))
     file = reference / "claims.yaml"
     mine = yaml.safe_load(file.read_text())
-    own = dict(mine["claims"][2], id="M1", statement="At 4k and beyond 512 costs more than 1024.", scope=["a100-sim"])
+    own = dict(
+        mine["claims"][2], id="M1", statement="At 4k and beyond 512 costs more than 1024.", scope={"platform": ["simulated"]}
+    )
     own["statistic"] = {"name": "prefill_overhead", "chunk_size": 512, "against": 1024}
     mine["claims"].append(own)
     file.write_text(yaml.safe_dump(mine))
