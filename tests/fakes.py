@@ -14,8 +14,7 @@ from experiments.engine.session import run_session
 from experiments.records.provenance import sha256
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Recorder, frame
 from experiments.simulator.cost_model import CALIBRATIONS
-from experiments.simulator.scheduler import Scheduler
-from experiments.simulator.scheduler import Sequence as Running
+from experiments.simulator.scheduler import GAP, STEP, begin, rows, schedule, unserved, update
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import FIGURES, TESTBEDS, EngineSettings, load_figure, load_testbed, path_of
 from experiments.spec.workload import synthetic_trace
@@ -108,37 +107,29 @@ class FakeServingEngine:
 
     def _serve(self, recorder: Recorder, number: int, phase: Phase, now: float) -> float:
         """One phase, from `now`; the time at which it is done."""
-        scheduler = Scheduler(phase.budget, self.settings.max_batch, 16, 1 << 20)
-        coming = [(now + request.arrival_s, request) for request in phase.requests][::-1]
-        while coming or scheduler.running or scheduler.waiting:
-            if not scheduler.running and not scheduler.waiting:
-                now = max(now, coming[-1][0])
-            while coming and coming[-1][0] <= now:
-                arrival, request = coming.pop()
-                index, sizes = len(recorder.requests), [request.prompt_tokens, request.output_tokens]
-                recorder.requests.append([index, number, phase.budget, arrival, now, *sizes, 0, -1, -1, 0])
-                scheduler.add(Running(index, *sizes))
-            now = self._step(recorder, scheduler, now)
-        return now
-
-    def _step(self, recorder: Recorder, scheduler: Scheduler, now: float) -> float:
-        batch, step = scheduler.schedule(), len(recorder.steps)
-        prompts = [(sequence, tokens) for sequence, tokens in batch.scheduled if sequence.computed < sequence.prompt]
-        prefill, decodes = sum(tokens for _, tokens in prompts), len(batch.scheduled) - len(prompts)
-        for sequence, _ in prompts:
-            if not sequence.computed:
-                recorder.requests[sequence.index][8] = step
-        seconds = self.cost(prefill, decodes, scheduler.budget) * math.exp(self.random.gauss(0.0, self.noise))
-        waiting = len(scheduler.waiting)
-        recorder.steps.append((now, seconds, scheduler.budget, prefill, decodes, len(prompts), 0, 0, waiting, 0))
-        for sequence in scheduler.update(batch):
-            recorder.requests[sequence.index][9] = step
-        scheduler.catch_up()  # the counts below are of this step
-        for sequence, _ in batch.scheduled:
-            if sequence.generated > recorder.requests[sequence.index][7]:
-                recorder.requests[sequence.index][7] = sequence.generated
-                recorder.tokens.append((sequence.index, now + seconds))
-        return now + seconds
+        asked = [(now + request.arrival_s, request.prompt_tokens, request.output_tokens) for request in phase.requests]
+        requests, (slots, state) = unserved(*zip(*asked, strict=True)), begin(self.settings.max_batch, 16, 1 << 20)
+        state["clock"], state["steps"], first, at = now, len(recorder.steps), len(recorder.requests), state[0]
+        while at.running or at.head < at.entered or at.entered < len(requests):
+            if not at.running and at.head == at.entered:
+                at.clock = max(at.clock, requests.arrival_s[at.entered])
+            while at.entered < len(requests) and requests.arrival_s[at.entered] <= at.clock:
+                requests[at.entered].injected_s = at.clock
+                at.entered += 1
+            step, start = rows(1, STEP), at.clock
+            step["budget"] = phase.budget
+            schedule(requests, slots, at, step[0])
+            prefill, decodes = int(step.prefill_tokens[0]), int(step.decode_tokens[0])
+            seconds = self.cost(prefill, decodes, phase.budget) * math.exp(self.random.gauss(0.0, self.noise))
+            pieces, waiting = int(step.prefill_requests[0]), int(step.waiting[0])
+            recorder.steps.append((start, seconds, phase.budget, prefill, decodes, pieces, 0, 0, waiting, 0))
+            at.clock, at.gaps = start + seconds, 0
+            given = update(requests, slots, at, rows(self.settings.max_batch + 1, GAP))
+            recorder.tokens.extend((first + int(place), start + seconds) for place in slots.given[:given])
+        requests["request"] += first
+        requests["phase"], requests["budget"] = number, phase.budget
+        recorder.requests.extend(requests[list(REQUEST_COLUMNS)].tolist())
+        return float(at.clock)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -15,7 +15,7 @@ FLOORS = {
     "experiments.records": ["errors", "record", "provenance", "terminal", "metrics", "store", "crate"],
     "experiments.spec": ["spec", "expand", "workload"],
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
-    "experiments.simulator": ["cost_model", "scheduler", "simulator", "estimate"],
+    "experiments.simulator": ["compiled", "cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],
     "experiments.calibrate": ["published", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],

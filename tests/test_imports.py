@@ -13,6 +13,7 @@ ONLY_IN = {
     "vllm": {"experiments.engine.vllm_engine"},
     "torch": {"experiments.engine.vllm_engine"},
     "ray": {"experiments.cluster.cluster", "experiments.cluster.local_ray"},
+    "numba": {"experiments.simulator.compiled"},
     "matplotlib": {f"analysis.show.plots{part}" for part in ("", "_serving", "_validate", "_capacity", "_schedule")},
 }
 MAY_START_RUNS = {"analysis.advise.recommend", "analysis.advise.validate"}

@@ -13,6 +13,7 @@ from analysis.judge.stats import sample
 from experiments.records.errors import SpecError
 from experiments.records.record import Phase
 from experiments.simulator.cost_model import Calibration
+from experiments.simulator.scheduler import Rows
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings
@@ -53,9 +54,16 @@ class Case:
             settings = replace(self.settings, max_batch=max_batch, max_budget=self.settings.max_model_len)
             return SimulatedEngine(settings, self.calibration, seed)
 
+        @cache
+        def asked(seed: int) -> Rows:
+            requests = serving_requests(self.trace, 1.0, self.requests, seed, self.max_total, self.session.scale)
+            return engine(self.settings.max_batch, seed).requests(Phase(1, requests))
+
         def serve(setting: Setting, rate: float, seed: int) -> Latency:
-            requests = serving_requests(self.trace, rate, self.requests, seed, self.max_total, self.session.scale)
-            return Latency(*engine(setting.max_batch, seed).percentiles(Phase(setting.budget, requests)))
+            requests = asked(seed).copy()  # all arrivals by a factor sooner or later, as serving_requests draws them
+            requests["arrival_s"] /= rate
+            requests["budget"] = setting.budget
+            return Latency(*engine(setting.max_batch, seed).percentiles(requests))
 
         return Search(serve)
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.records.errors import SpecError
 from experiments.records.provenance import PACKAGE
+from experiments.simulator.compiled import compiled
 from experiments.spec.spec import STRICT, Count, EngineSettings, Name, load_model, path_of, read_spec
 
 CALIBRATIONS = PACKAGE.parent / "artifacts" / "calibration"
@@ -216,37 +217,55 @@ def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:
     return blocks
 
 
+class Costs(NamedTuple):
+    """A calibration as the compiled loop takes it: seconds by tokens in a step and by requests that decode, per query-key pair
+    of prefill and per token of decode context; the largest step, as LIMITED; what a Loop adds."""
+
+    fixed: Floats
+    decode: Floats
+    pair_s: float
+    masked_share: float
+    context_s: float
+    most: tuple[int, int, int, int]
+    between_s: float
+    request_s: float
+    wake_s: float
+
+
+@compiled
+def step_seconds(costs: Costs, prefill: int, decodes: int, pieces: int, pairs: int, context: int) -> float:
+    """Seconds of one step without jitter, -1 for one outside the valid range. Counts as in CostModel.step."""
+    tokens, most = prefill + decodes, costs.most
+    if tokens > most[0] or decodes > most[1] or pairs > most[2] or context > most[3]:
+        return -1.0
+    masked = (prefill * prefill / pieces - prefill) / 2 if pieces > 0 else 0.0
+    prompt_s = costs.pair_s * (pairs + costs.masked_share * masked)
+    return float(costs.fixed[tokens] + costs.decode[decodes] + costs.context_s * context + prompt_s)
+
+
 class CostModel:
     """A calibration made ready for use. Raises SpecError for steps outside its valid range."""
 
     def __init__(self, calibration: Calibration) -> None:
-        self.calibration, attention = calibration, calibration.attention
-        self.pair_s = attention.flop_per_pair / attention.flop_per_s  # per query-key pair of prefill
-        self.context_s = attention.kv_bytes_per_token / attention.kv_bytes_per_s  # per token of decode context
-        self._most: tuple[int, int, int, int] = dataclasses.astuple(calibration.valid)  # as LIMITED
-        for what, last in zip(("linear", "decode"), self._most[:2], strict=True):
+        self.calibration, attention, valid = calibration, calibration.attention, dataclasses.astuple(calibration.valid)
+        for what, last in zip(("linear", "decode"), valid[:2], strict=True):
             if (end := getattr(calibration, what).at[-1]) < last:
                 came, allowed = f"a profile to {end}", f"at least to the end of the valid range, {last}"
                 raise SpecError(f"calibration {calibration.calibration}: {what}.at: got {came}; allowed: {allowed}")
-        self._fixed: list[float] = (calibration.overhead_s + calibration.linear.table()).tolist()  # plain floats are faster
-        self._decode: list[float] = calibration.decode.table().tolist()
+        pair_s, context_s = (
+            attention.flop_per_pair / attention.flop_per_s,
+            attention.kv_bytes_per_token / attention.kv_bytes_per_s,
+        )
+        tables, loop = (calibration.overhead_s + calibration.linear.table(), calibration.decode.table()), calibration.loop
+        self.costs = Costs(*tables, pair_s, attention.masked_share, context_s, valid, *dataclasses.astuple(loop))
 
     def step(self, prefill: int, decodes: int, pieces: int, pairs: int, context: int) -> float:
         """Seconds of one step without jitter. Counts as in STEP_COLUMNS, `pieces` being prefill_requests."""
-        tokens, (most, most_decodes, most_pairs, most_context) = prefill + decodes, self._most
-        if tokens > most or decodes > most_decodes or pairs > most_pairs or context > most_context:
-            self._refuse(tokens, decodes, pairs, context)
-        seconds = self._fixed[tokens] + self._decode[decodes] + self.context_s * context
-        if pieces:
-            masked = (prefill * prefill / pieces - prefill) / 2
-            seconds += self.pair_s * (pairs + self.calibration.attention.masked_share * masked)
-        return seconds
-
-    def _refuse(self, *step: int) -> None:
-        for what, came, most in zip(LIMITED, step, self._most, strict=True):
+        for what, came, most in zip(LIMITED, (prefill + decodes, decodes, pairs, context), self.costs.most, strict=True):
             if came > most:
                 where = f"calibration {self.calibration.calibration}: {what} in a step"
                 raise SpecError(f"{where}: got {came}; allowed: at most {most}")
+        return step_seconds(self.costs, prefill, decodes, pieces, pairs, context)
 
 
 def jitter_factors(jitter: Jitter, seed: int, first: int, count: int, only_decodes: bool = False) -> Floats:
