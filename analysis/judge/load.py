@@ -94,7 +94,9 @@ class Run:
     def serving(self) -> pd.DataFrame:
         """serving_trials, computed once: every claim, gate and picture asks for it."""
         rows = [
-            _facts(trial, phase, "qps", "rate", "budget") | serving_metrics(of_phase(trial.record, phase))
+            _facts(trial, phase, "qps", "rate", "budget")
+            | {"truncated": trial.record.truncated}
+            | serving_metrics(of_phase(trial.record, phase))
             for trial in self.trials
             for phase, role in enumerate(trial.facts["phases"])
             if role["role"] == "point"
@@ -225,8 +227,8 @@ def prefill_times(run: Run) -> pd.DataFrame:
 def serving_trials(run: Run) -> pd.DataFrame:
     """Every trial of a Figure 9b run, saturation left out.
 
-    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), rate, budget, chunk_size (text), then
-    metrics.serving_metrics.
+    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), rate, budget, chunk_size (text), truncated (by the time
+    limit: the metrics are then of the requests that were served), then metrics.serving_metrics.
     """
     return run.serving.copy()
 

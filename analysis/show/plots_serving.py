@@ -35,7 +35,8 @@ def serving_intervals(run: Run) -> pd.DataFrame:
     trials = serving_trials(run)
     rows = []
     if len(trials):
-        finished = trials[list(NAMES)].gt(0).all(axis=1)  # NaN: nothing finished, or one token each; a gate says so
+        # NaN: nothing finished, or one token each; a gate says so, and of trials that were cut short, too.
+        finished = trials[list(NAMES)].gt(0).all(axis=1) & ~trials["truncated"]
         for key, group in trials[finished & ~trials["repeat"]].groupby(KEYS, sort=False):
             found = (plots.mean_interval(group[name], run.model_error(str(key[0]), name)) for name in NAMES)
             (count, *ttft), (_, *gap) = found

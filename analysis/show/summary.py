@@ -66,8 +66,12 @@ def _begin(run: Run, model: object, columns: Sequence[str], more: str = "") -> T
 
 
 def _range(row: Mapping[Any, Any], value: str, digits: int, factor: float = 1.0) -> str:
-    median, low, high = (f"{factor * row[name]:.{digits}f}" for name in (value, f"{value}_min", f"{value}_max"))
-    return f"{median} ({low}-{high})"
+    median, low, high = (_number(factor * row[name], f".{digits}f") for name in (value, f"{value}_min", f"{value}_max"))
+    return f"{median} ({low}-{high})" if median != "-" else median
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if pd.isna(value) else format(value, form)
 
 
 def show_prefill(run: Run, table: pd.DataFrame) -> None:
@@ -87,26 +91,49 @@ def show_prefill(run: Run, table: pd.DataFrame) -> None:
 
 
 def serving_table(run: Run) -> pd.DataFrame:
-    """One row per point of Figure 9b: median, minimum and maximum over replicates of every metric; seconds, tokens."""
+    """One row per point of Figure 9b: median, minimum and maximum over replicates of every metric; seconds, tokens.
+
+    `truncated`: how many of the replicates a time limit cut short. They are in no median: those whom it left unserved waited
+    longest. NaN where none is whole.
+    """
     trials = serving_trials(run)
     trials = trials[~trials["repeat"]]
     keys = ["model", "qps", "chunk_size"]
-    metrics = [name for name in trials.columns if name not in {*keys, "in_paper", "seed", "trial", "repeat", "budget"}]
-    return by_chunk_size(_over_replicates(trials, keys, metrics), "model", "qps")
+    others = {*keys, "in_paper", "seed", "trial", "repeat", "budget", "truncated"}
+    metrics = [name for name in trials.columns if name not in others]
+    whole = trials.mask(trials["truncated"], trials.assign(**dict.fromkeys(set(metrics) - {"rate"}, float("nan"))))
+    table = _over_replicates(whole, keys, metrics)
+    cut = trials.groupby(keys, sort=False)["truncated"].sum().reset_index()
+    return by_chunk_size(table.merge(cut, on=keys, how="left"), "model", "qps")
+
+
+def cut_short(run: Run) -> list[str]:
+    """The trials that their time limit ended, as sentences."""
+    told = []
+    for trial in (trial for trial in run.trials if trial.record.truncated):
+        roles = {n: role for n, role in enumerate(trial.facts["phases"]) if role["role"] not in ("warm-up", "probe")}
+        requests = trial.record.requests
+        done = int((requests["phase"].isin(roles) & (requests["last_step"] >= 0)).sum())
+        asked = sum(role.get("requests", 1) for role in roles.values())
+        told.append(
+            f"cut short by its time limit: {trial.facts['session']} {trial.facts['trial']}, {done} of {asked} requests served"
+        )
+    return told
 
 
 def show_serving(run: Run, table: pd.DataFrame) -> None:
     """Print the table of Figure 9b with its testbed, scale and trace; the CSV holds every metric."""
     for model, of_model in table.groupby("model", sort=False):
-        factor, unit = time_unit(of_model["ttft_p50"])
+        factor, unit = time_unit([0.0, *of_model["ttft_p50"].dropna()])
         digits, fine = 0 if unit == "ms" else 2, int(of_model["tbt_p99"].max() < 0.1)
         columns = ("QPS", "run at", "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
         view = _begin(run, model, columns)
         for qps, rows in of_model.groupby("qps", sort=False):
             for row in rows.to_dict("records"):
-                delay = f"{factor * row['scheduling_delay_p50']:.{digits}f}"
+                delay = _number(factor * row["scheduling_delay_p50"], f".{digits}f")
                 times = (_range(row, "ttft_p50", digits, factor), _range(row, "tbt_p99", fine, 1e3), delay)
-                view.add_row(f"{qps:g}", f"{row['rate']:.2f}", row["chunk_size"], *times, f"{row['utilisation']:.0%}")
+                size = f"{row['chunk_size']}{'*' if row['truncated'] else ''}"
+                view.add_row(f"{qps:g}", f"{row['rate']:.2f}", size, *times, _number(row["utilisation"], ".0%"))
             view.add_section()
         console.print(view, soft_wrap=False)
     console.print("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
@@ -130,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = options.report / f"{run.figure}-{run.testbed}.csv"
     table.to_csv(target, index=False)
     show(run, table)
+    for told in cut_short(run):
+        console.print(f"* {told}; in no median of Figure 9b" if run.kind == "serving" else told)
     console.print(f"as CSV: {target}")
     result(
         figure=run.figure, testbed=run.testbed, title=run.title, csv=target, points=json.loads(table.to_json(orient="records"))

@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.judge.load import Run, TrialRecord, by_chunk_size
 from analysis.show import plots, plots_schedule, plots_serving
-from analysis.show.summary import prefill_table, serving_table
+from analysis.show.summary import cut_short, prefill_table, serving_table
 from experiments.records.metrics import NAMES, of_phase, point_phase
 
 CSS_PIXELS = 130  # per inch of figure: its 7.5 pt letters become the size of the page's small print
@@ -112,8 +112,9 @@ def serving_view(run: Run, path: Path) -> View:
     table = plots_serving.serving_intervals(run).merge(serving_table(run)[[*keys, *medians]], on=keys, how="left")
     words = " ".join(_serving_words(rows) for _, rows in table.groupby(["model", "qps"], sort=False))
     said = "P50 TTFT over P99 TBT, the numbers of the figure before."
+    left_out = "".join(f"Left out, as {told}. " for told in cut_short(run)).strip()
     pictures = (
-        _picture(run, path, "serving", plots_serving.serving_figure(run), f"Bars by chunk size. {words}"),
+        _picture(run, path, "serving", plots_serving.serving_figure(run), f"Bars by chunk size. {words}", note=left_out),
         _picture(run, path, "tradeoff", plots_serving.tradeoff_figure(run), said, "-tradeoff"),
     )
     panels = [(str(model), rows) for model, rows in table.groupby("model", sort=False)]
