@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from analysis.judge.load import Run, differing, probe_steps, repeat_ratios, serving_trials
 from analysis.judge.scope import place_of
@@ -61,6 +62,26 @@ def _platform(run: Run) -> Gate:
     return Gate("platform of the testbed", not wrong, "; ".join([*sorted(wrong), f"not {planned}"]) if wrong else planned)
 
 
+def _points(run: Run) -> Gate:
+    """Claims name points in the paper's units; what was run must be that, and settings that are compared must meet one load."""
+    wrong, loads = set(), dict[tuple[Any, ...], tuple[Any, ...]]()
+    for trial in run.trials:
+        facts = trial.facts
+        for role in (role for role in facts["phases"] if role["role"] == "point"):
+            budget, size, serving = role["budget"], role["chunk_size"], "qps" in role
+            whole = facts["settings"]["max_model_len"] if serving else role["prompt_tokens"]
+            right = budget >= whole if size is None else budget * facts["scale"] == size
+            if serving:
+                load = role["rate"], role["requests"]
+                right &= load == loads.setdefault((facts["model"], facts["seed"], role["qps"]), load)
+            else:
+                right &= (role["prompt_tokens"] + 1) * facts["scale"] == role["prompt_length"]
+            if not right:
+                wrong.add(f"{facts['session']}/{facts['trial']}")
+    said = f"{len(wrong)} trials ran other chunk sizes, lengths or rates than they name"
+    return Gate("points as named", not wrong, ": ".join([said, ", ".join(sorted(wrong)[:3])] if wrong else [said]))
+
+
 def _arrivals(run: Run) -> Gate:
     """Open loop: a request enters at the first step boundary after its arrival, so it can be late by one step at most."""
     if run.kind != "serving":
@@ -110,6 +131,7 @@ def check(run: Run) -> list[Gate]:
         Gate("machine noise", spread <= NOISE_LIMIT, f"{spread:.3f} of a fixed step's time, limit {NOISE_LIMIT}"),
         _repeated(run),
         _platform(run),
+        _points(run),
         Gate("independent replicates", not shared, f"{shared} engine processes served more than one replicate"),
         Gate("one version, one machine type", not unlike, "; ".join(unlike) or "all trials alike"),
         Gate("at most two looks", len(run.bags) <= len(LEVELS), f"{len(run.bags)} bags were joined, allowed {len(LEVELS)}"),

@@ -69,7 +69,9 @@ class Run:
         """How tables and pictures are labelled; a simulated run names its calibrations and their held-out errors."""
         scale = f"scale 1:{self.plan['scale']}" if self.plan["scale"] > 1 else "the paper's scale"
         trace = f"; trace {self.trace['name']}" if self.trace else ""
-        where = f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}; {scale}{trace})"
+        cards = {str(trial.facts["engine"].get("device")) for trial in self.trials if self.plan["platform"] == "cuda"}
+        on = "".join(f"; {card}" for card in sorted(cards))  # a testbed's title may name another GPU
+        where = f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}{on}; {scale}{trace})"
         used = ((trial.facts["engine"].get("calibration"), self.calibration(trial)) for trial in self.trials if trial.simulated)
         errors = {f"{name}, {f'held-out error {own.error.step:.1%}' if own else 'of unknown error'}" for name, own in used}
         return str(printable(f"SIMULATED ({'; '.join(sorted(errors))}) {where}" if self.simulated else where))

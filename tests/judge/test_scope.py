@@ -114,6 +114,7 @@ def test_claims_of_the_papers_machine_are_tied_to_what_a_machine_is_and_ordering
 ) -> None:
     run = made(tmp_path / "a100.yaml", tmp_path / "fig9a.yaml")
     assert [gate for gate in gates.check(run) if not gate.ok] == []
+    assert run.plan["platform"] == "cpu" or run.trials[0].facts["engine"]["device"] in run.title
     found = verdicts(run)
     for claim in (claim for claim in CLAIMS if claim.figure == "fig9a"):
         verdict, said = found[claim.id]
@@ -138,6 +139,27 @@ def test_a_run_on_another_platform_than_its_testbed_says_is_not_judged() -> None
     (broken,) = [gate for gate in gates.check(pretended) if not gate.ok]
     assert (broken.gate, broken.detail) == ("platform of the testbed", "cuda, scale 1; not cpu, scale 8, as testbed a100 says")
     assert {verdict for verdict, _ in verdicts(pretended).values()} <= {"NOT-APPLICABLE", "INCONCLUSIVE"}
+
+
+@pytest.mark.parametrize(
+    ("figure", "changes"),
+    [
+        ("fig9a", {"chunk_size": 512, "budget": 256}),
+        ("fig9a", {"chunk_size": None, "budget": 64}),
+        ("fig9a", {"prompt_length": 32768}),
+        ("fig9b", {"chunk_size": 2048, "budget": 64}),
+        ("fig9b", {"chunk_size": None, "budget": 64}),
+        ("fig9b", {"rate": 0.5}),
+        ("fig9b", {"requests": 1}),
+    ],
+)
+def test_a_point_that_is_not_what_it_is_named_makes_every_claim_inconclusive(figure: str, changes: dict[str, Any]) -> None:
+    run = serving_run(replicates=1) if figure == "fig9b" else synthetic_run(overhead, replicates=1)
+    assert [gate for gate in gates.check(run) if not gate.ok] == []
+    *others, last = run.trials[1].facts["phases"]
+    odd = dataclasses.replace(run.trials[1], facts={**run.trials[1].facts, "phases": [*others, last | changes]})
+    run = dataclasses.replace(run, trials=(run.trials[0], odd, *run.trials[2:]))
+    assert "points as named" in [gate.gate for gate in gates.check(run) if not gate.ok]
 
 
 # -- a simulation's error --------------------------------------------------------------------------------------------
