@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,31 +21,32 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @cache
 def cache_folder() -> Path | None:
-    """A folder of this user's, in which nobody else can write: what lies there is run. None if there is no place for it.
+    """Where compiled code is kept: a folder of this user's in which nobody else can write, as it is run; None if there is none.
 
     One for each version of the room: numba sees changes of the function that is called, not of those that this one calls.
     """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    user, home = os.getuid(), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    for place in (f"{home}/chunked-prefill", f"{tempfile.gettempdir()}/chunked-prefill-{user}"):
-        folder = Path(place).expanduser() / f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = [path.lstat() for path in (folder, folder.parent)]
-            if all(stat.st_uid == user and not stat.st_mode & 0o022 for stat in found) and os.access(folder, os.W_OK):
+    user, version = os.getuid(), hashlib.sha256(sources).hexdigest()[:16]
+
+    def own() -> Path:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chunked-prefill" / f"numba-{version}"
+
+    def shared() -> Path:
+        return Path(tempfile.gettempdir()) / f"chunked-prefill-{user}-{version}"
+
+    for place in (own, shared):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+            (folder := place()).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.lstat().st_uid == user and not folder.lstat().st_mode & 0o022 and os.access(folder, os.W_OK):
                 return folder
-        except OSError:
-            continue
     return None
 
 
 @cache
 def say_if_not_kept() -> None:
-    """Once, if every command must compile anew."""
+    """Once, why every command compiles anew."""
     if cache_folder() is None:
-        console.print(
-            "simulator: compiled anew, some 5 s: no folder of this user's to keep it in, such as XDG_CACHE_HOME names"
-        )
+        console.print("simulator: compiled anew, some 5 s: no folder of this user's to keep that in; XDG_CACHE_HOME names one")
 
 
 def compiled(function: Function) -> Function:

@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS
+from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS
 from experiments.simulator.compiled import compiled
 
 Rows: TypeAlias = "np.recarray[Any, Any]"  # of the types below; they change in place
 # Requests in the order of arrival: a record's columns; tokens whose keys and values are `computed`; KV `blocks` held; when its
 # first step `began`, its first token came and its latest, -1 before. `queue`, not its own: who waits at this place of a queue.
 OWN = [("computed", "i8"), ("blocks", "i8"), ("began", "f8"), ("first_token", "f8"), ("last_token", "f8"), ("queue", "u8")]
-REQUEST, STEP = np.dtype([*REQUEST_COLUMNS.items(), *OWN]), np.dtype([*STEP_COLUMNS.items()])
+REQUEST, STEP, TOKEN = (np.dtype([*columns.items()]) for columns in (REQUEST_COLUMNS | dict(OWN), STEP_COLUMNS, TOKEN_COLUMNS))
 # Who runs, in the order of arrival, and the tokens that it computes in this step. `given`, not its own: who got a token of it.
 SLOT = np.dtype([("request", "u8"), ("tokens", "i8"), ("given", "u8")])
 GAP = np.dtype([("seconds", "f8"), ("count", "i8")])  # between tokens of a request, and how many saw the like
@@ -37,10 +37,10 @@ def rows(count: int, kind: np.dtype[Any], known: Rows | None = None) -> Rows:
     return table
 
 
-def unserved(arrival_s: Sequence[float], prompt: Sequence[int], output: Sequence[int]) -> Rows:
-    """Requests of these lengths, tokens, before any of them is served."""
-    table = np.zeros(len(arrival_s), dtype=REQUEST).view(np.recarray)
-    table["arrival_s"], table["prompt_tokens"], table["output_tokens"] = arrival_s, prompt, output
+def unserved(*asked: Sequence[float]) -> Rows:
+    """Requests before any is served: when they arrive (s), the lengths of their prompts and outputs (tokens)."""
+    table = np.zeros(len(asked[0]), dtype=REQUEST).view(np.recarray)
+    table["arrival_s"], table["prompt_tokens"], table["output_tokens"] = asked
     table["first_step"] = table["last_step"] = table["last_token"] = -1
     table["request"] = table["queue"] = np.arange(len(table))
     return table

@@ -5,57 +5,38 @@ One plain loop, compiled: a step after the other, none left out or summed up.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from experiments.records.errors import SpecError
-from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, Phase, Record
+from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record
+from experiments.simulator import cost_model
 from experiments.simulator.compiled import compiled, say_if_not_kept
-from experiments.simulator.cost_model import (
-    PAUSE_S,
-    Calibration,
-    CostModel,
-    Costs,
-    Floats,
-    Ints,
-    Jitter,
-    jitter_factors,
-    kv_blocks,
-    load_calibration,
-    step_seconds,
-)
-from experiments.simulator.scheduler import GAP, STEP, Rows, begin, rows, schedule, unserved, update
+from experiments.simulator.cost_model import PAUSE_S, Calibration, CostModel, Costs, Floats, Jitter, step_seconds
+from experiments.simulator.scheduler import GAP, STEP, TOKEN, Rows, begin, rows, schedule, unserved, update
 from experiments.spec.spec import EngineSettings
 
 FIRST_SIZE = 1 << 15  # steps for which there is room at first
-ASKED = ("arrival_s", "prompt_tokens", "output_tokens")
+ASKED = ("arrival_s", "prompt_tokens", "output_tokens")  # of a request
+Tables: TypeAlias = tuple[npt.NDArray[Any], ...]
 DONE, FULL, LATE, REFUSED = range(4)  # why the loop stops
 
 
-class Trial(NamedTuple):
-    """What happens in a trial. `receiver` and `received`: the requests that got a token, and when; empty if not wanted."""
-
-    requests: Rows
-    slots: Rows
-    state: Rows
-    steps: Rows
-    gaps: Rows
-    receiver: Ints
-    received: Floats
-
-
 @compiled
-def serve(trial: Trial, costs: Costs, mixed: Floats, alone: Floats, last: int, limit: float) -> int:
+def serve(
+    requests: Rows, slots: Rows, state: Rows, steps: Rows, tokens: Rows, gaps: Rows,
+    costs: Costs, mixed: Floats, alone: Floats, last: int, limit: float,
+) -> int:  # fmt: skip
     """Step until the first `last` requests are served, the clock reaches `limit`, or whatever else is told.
 
-    mixed, alone: the jitter of steps, by number, that hold prefill, and that only decode.
+    tokens: empty if no record is wanted. mixed, alone: the jitter of steps that hold prefill, and that only decode, by number.
     """
-    requests, slots, state, steps, gaps, receiver, received = trial
     now = state[0]
     while now.steps < len(mixed) and now.gaps + len(slots) < len(gaps):
         boundary = now.clock  # who comes while others enter waits for the next one, as in the real loop
@@ -67,8 +48,7 @@ def serve(trial: Trial, costs: Costs, mixed: Floats, alone: Floats, last: int, l
             if now.entered == last:
                 return DONE
             coming = requests[now.entered].arrival_s
-            now.cold = costs.wake_s if coming - now.clock > PAUSE_S else 0.0
-            now.clock = coming
+            now.clock, now.cold = coming, costs.wake_s if coming - now.clock > PAUSE_S else 0.0
             continue
         if now.clock >= limit:
             return LATE
@@ -76,17 +56,15 @@ def serve(trial: Trial, costs: Costs, mixed: Floats, alone: Floats, last: int, l
         step.start_s, step.budget = now.clock, requests[last - 1].budget
         schedule(requests, slots, now, step)
         prefill, pairs, context = step.prefill_tokens, step.prefill_pairs, step.decode_context
-        seconds = step_seconds(costs, prefill, step.decode_tokens, step.prefill_requests, pairs, context)
-        if seconds < 0:
+        step.seconds = step_seconds(costs, prefill, step.decode_tokens, step.prefill_requests, pairs, context)
+        if step.seconds < 0:
             return REFUSED
-        factor = mixed[now.steps] if prefill > 0 else alone[now.steps]
-        step.seconds = seconds * factor + now.cold
+        step.seconds = step.seconds * (mixed[now.steps] if prefill > 0 else alone[now.steps]) + now.cold
         now.clock, now.cold = now.clock + step.seconds, 0.0
         given = update(requests, slots, now, gaps)
-        if len(received) > 0:
-            for place in range(given):
-                receiver[now.tokens + place], received[now.tokens + place] = slots[place].given, now.clock
-            now.tokens += given
+        for place in range(given if len(tokens) > 0 else 0):
+            tokens[now.tokens].request, tokens[now.tokens].time_s = slots[place].given, now.clock
+            now.tokens += 1
         now.clock += costs.between_s
     return FULL
 
@@ -95,7 +73,7 @@ def serve(trial: Trial, costs: Costs, mixed: Floats, alone: Floats, last: int, l
 def drawn_jitter(jitter: Jitter, seed: int, count: int, only_decodes: bool) -> Floats:
     """Of the first `count` steps, FIRST_SIZE times a power of two."""
     half = count // 2 if count > FIRST_SIZE else 0
-    more = jitter_factors(jitter, seed, half, count - half, only_decodes)
+    more = cost_model.jitter_factors(jitter, seed, half, count - half, only_decodes)
     return np.concatenate([drawn_jitter(jitter, seed, half, only_decodes), more]) if half else more
 
 
@@ -111,44 +89,31 @@ class SimulatedEngine:
             where = f"calibration {calibration.calibration}"
             raise SpecError(f"{where}: got {came}; allowed: {allowed} on {calibration.tensor_parallel}")
         self._settings, self._seed, self._cost = settings, seed, CostModel(calibration)
-        self._blocks = kv_blocks(settings, calibration) if num_kv_blocks is None else num_kv_blocks
+        self._blocks = cost_model.kv_blocks(settings, calibration) if num_kv_blocks is None else num_kv_blocks
         say_if_not_kept()
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        calibration = self._cost.calibration
-        return {
-            "engine": "simulated",
-            "simulated": True,
-            "device": f"simulated: {calibration.title}",
-            "load_s": 0.0,
-            "calibration": calibration.calibration,
-            "calibration_error": dataclasses.asdict(calibration.error),
-            "prefix_caching": False,
-            "async_scheduling": False,
-            "reserve_full_prompt": True,
-            "block_size": calibration.block_size,
-            "kv_blocks": self._blocks,
-            **{name: getattr(self._settings, name) for name in ("dtype", "tensor_parallel", "max_batch", "max_budget")},
-        }
+        calibration, names = self._cost.calibration, ("dtype", "tensor_parallel", "max_batch", "max_budget")
+        known = {"calibration": calibration.calibration, "calibration_error": asdict(calibration.error), "load_s": 0.0}
+        cache = {"block_size": calibration.block_size, "kv_blocks": self._blocks, "prefix_caching": False}
+        scheduler = {"async_scheduling": False, "reserve_full_prompt": True}
+        what = {"engine": "simulated", "simulated": True, "device": f"simulated: {calibration.title}"}
+        return what | known | cache | scheduler | {name: getattr(self._settings, name) for name in names}
 
     def run(self, phases: Sequence[Phase], time_limit_s: float) -> Record:
         """Serve the phases in virtual time; see Engine. The time limit is virtual too."""
         asked = [self.requests(phase, number) for number, phase in enumerate(phases)]
-        trial, truncated = self._serve(np.concatenate(asked).view(np.recarray), time_limit_s, record=True)
-        now = trial.state[0]
-        columns = {name: trial.requests[name][: now.entered] for name in REQUEST_COLUMNS}
-        steps = {name: trial.steps[name][: now.steps] for name in STEP_COLUMNS}
-        tokens = {"request": trial.receiver[: now.tokens], "time_s": trial.received[: now.tokens]}
-        requests, made, given = (pd.DataFrame(table, copy=False) for table in (columns, steps, tokens))
-        return Record(requests, made, given, truncated)
+        (*tables, _), truncated = self._serve(np.concatenate(asked).view(np.recarray), time_limit_s, record=True)
+        parts = zip(tables, (REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS), strict=True)
+        requests, steps, tokens = (pd.DataFrame({name: table[name] for name in names}, copy=False) for table, names in parts)
+        return Record(requests, steps, tokens, truncated)
 
     def percentiles(self, requests: Rows) -> tuple[float, float, float]:
         """P99 TBT, P50 TTFT and median scheduling delay of a phase, seconds: those of its record, which need not be made."""
-        trial, _ = self._serve(requests, np.inf, record=False)
-        gaps, waits = trial.gaps[: trial.state[0].gaps], (requests["first_token"], requests["began"])
-        ttft, delay = (float(np.median(moments - requests["arrival_s"])) for moments in waits)
-        return percentile(gaps["seconds"], gaps["count"], 0.99), ttft, delay
+        (served, _, _, gaps), _ = self._serve(requests, np.inf, record=False)
+        ttft, delay = (float(np.median(served[moment] - served["arrival_s"])) for moment in ("first_token", "began"))
+        return percentile(gaps, 0.99), ttft, delay
 
     def requests(self, phase: Phase, number: int = 0) -> Rows:
         """The requests of a phase before it begins. Raises SpecError for what no engine could serve."""
@@ -170,31 +135,27 @@ class SimulatedEngine:
         table["phase"], table["budget"] = number, phase.budget
         return table
 
-    def _serve(self, requests: Rows, limit: float, record: bool) -> tuple[Trial, bool]:
-        """Serve the requests, phase after phase; whether `limit` ended it."""
-        jitter, size, first = self._cost.calibration.jitter, FIRST_SIZE, 0
+    def _serve(self, requests: Rows, limit: float, record: bool) -> tuple[Tables, bool]:
+        """Serve the requests, phase after phase: who entered, steps, tokens, gaps, and whether `limit` ended it."""
+        jitter, size, first, why = self._cost.calibration.jitter, FIRST_SIZE, 0, DONE
         requests["request"] = requests["queue"] = np.arange(len(requests))
         slots, state = begin(self._settings.max_batch, self._cost.calibration.block_size, self._blocks)
-        steps, gaps = rows(size if record else 1, STEP), rows(2 * size, GAP)
-        tokens = int(requests["output_tokens"].sum()) if record else 0
-        trial = Trial(requests, slots, state, steps, gaps, np.empty(tokens, dtype=np.int64), np.empty(tokens))
-        kinds = (False, jitter.decode_sigma is not None)  # steps that only decode may have a sigma of their own
+        tokens, steps = rows(int(requests["output_tokens"].sum()) if record else 0, TOKEN), rows(size if record else 1, STEP)
+        gaps, kinds = rows(2 * size, GAP), (False, jitter.decode_sigma is not None)  # who only decode may have their own sigma
         for last in (np.flatnonzero(np.diff(requests["phase"], append=-1)) + 1).tolist():
             requests["arrival_s"][first:last] += state["clock"]
             first, why = last, FULL
             while why == FULL:
-                mixed, alone = (drawn_jitter(jitter, self._seed, size, only_decodes) for only_decodes in kinds)
-                why = serve(trial, self._cost.costs, mixed, alone, last, limit)
+                mixed, alone = (drawn_jitter(jitter, self._seed, size, kind) for kind in kinds)
+                why = serve(requests, slots, state, steps, tokens, gaps, self._cost.costs, mixed, alone, last, limit)
                 if why == FULL:
-                    size *= 2
-                    steps, gaps = rows(2 * len(steps), STEP, steps), rows(2 * len(gaps), GAP, gaps)
-                    trial = trial._replace(steps=steps, gaps=gaps)
-            if why == REFUSED:
-                step = trial.steps[state[0].steps % len(trial.steps)]
-                self._cost.step(*(int(step[name]) for name in list(STEP_COLUMNS)[3:8]))
+                    size, steps, gaps = 2 * size, rows(2 * len(steps), STEP, steps), rows(2 * len(gaps), GAP, gaps)
+            if why == REFUSED:  # says what is too much
+                self._cost.step(*(int(steps[state[0].steps % len(steps)][name]) for name in list(STEP_COLUMNS)[3:8]))
             if why == LATE:
-                return trial, True
-        return trial, False
+                break
+        now = state[0]
+        return (requests[: now.entered], steps[: now.steps], tokens[: now.tokens], gaps[: now.gaps]), why == LATE
 
     def close(self) -> None:
         """Nothing to free."""
@@ -204,15 +165,15 @@ def simulated_engine(settings: EngineSettings, seed: int) -> SimulatedEngine:
     """The engine that simulates a testbed's machine. Raises SpecError for a model without calibration there."""
     if settings.calibration is None:
         raise SpecError(f"calibrations: got none for {settings.model}; allowed: a testbed that names one for the model")
-    return SimulatedEngine(settings, load_calibration(settings.calibration), seed)
+    return SimulatedEngine(settings, cost_model.load_calibration(settings.calibration), seed)
 
 
-def percentile(values: Floats, counts: Ints, share: float) -> float:
-    """numpy's percentile, linear, of values that occur `counts` times each; 0 of none."""
-    order = np.argsort(values)
-    reached = np.cumsum(counts[order])
-    if not len(reached) or not reached[-1]:
+def percentile(gaps: npt.NDArray[Any], share: float) -> float:
+    """numpy's percentile, linear, of gaps that so many saw alike, seconds; 0 of none."""
+    gaps = gaps[np.argsort(gaps["seconds"])]
+    reached = np.cumsum(gaps["count"])
+    if not len(gaps) or not reached[-1]:
         return 0.0
     place = share * (int(reached[-1]) - 1)
-    low, high = values[order][np.searchsorted(reached, [int(place), min(int(place) + 1, reached[-1] - 1)], side="right")]
-    return float(low + (high - low) * (place - int(place)))
+    around = np.searchsorted(reached, [int(place), min(int(place) + 1, reached[-1] - 1)], side="right")
+    return float(np.interp(place % 1, (0, 1), gaps["seconds"][around]))
