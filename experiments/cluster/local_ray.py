@@ -110,7 +110,8 @@ def ray_cluster() -> Iterator[Any]:
         try:
             if address and folder:
                 _join(address, folder)
-            ray.init(**_options(address), log_to_driver=False, logging_level="error", _temp_dir=folder)
+            with _hushed():
+                ray.init(**_options(address), log_to_driver=False, logging_level="error", _temp_dir=folder)
         except Exception as error:  # Ray raises bare ones, too
             raise SpecError(_why(address, error)) from None
         stack.callback(ray.shutdown)
@@ -132,6 +133,19 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what Ray's C++ writes to standard error, twenty lines while it tries a wrong token; errors are raised besides."""
+    real, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(real, 2)
+        os.close(real)
+        os.close(nowhere)
 
 
 def short_place() -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.engine.arguments import command_line
 from experiments.engine.vllm_engine import EngineError, engine_arguments, environment
 from experiments.records.metrics import request_metrics, tbt
 from experiments.records.record import Phase, Record, Request
@@ -102,14 +103,8 @@ def tokenizer_files(vocab_size: int) -> dict[str, Any]:
 def serve_arguments(settings: EngineSettings, folder: Path, port: int) -> list[str]:
     """Arguments of the `vllm` command for a server with exactly the engine arguments that our loop uses."""
     arguments = ["serve", str(folder), "--host", HOST, "--port", str(port), "--disable-uvicorn-access-log"]
-    for name, value in engine_arguments(settings, str(folder)).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif name != "model":
-            arguments += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    arguments.remove("--skip-tokenizer-init")
-    return arguments
+    ours = engine_arguments(settings, str(folder))
+    return [*arguments, *command_line({name: ours[name] for name in ours if name not in ("model", "skip_tokenizer_init")})]
 
 
 def bench_arguments(folder: Path, port: int, result: Path, requests: int, rate: float | None, seed: int) -> list[str]:

@@ -106,7 +106,7 @@ def test_why_there_is_no_ray(
     words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The address is blamed only where one was given."""
     ray = pytest.importorskip("ray")
@@ -114,6 +114,7 @@ def test_why_there_is_no_ray(
 
     def init(**_: Any) -> None:
         given.update({name: os.environ.get(name) for name in local_ray.OWN})
+        os.write(2, b"[W] gcs_client.cc:210: Failed\n")  # as Ray's C++ does
         raise error
 
     monkeypatch.setattr(ray, "init", init)
@@ -123,7 +124,7 @@ def test_why_there_is_no_ray(
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
     assert main(["smoke", "--testbed", "cpu", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert words in said
     assert said.count("\n") == 1
     assert ("RAY_ADDRESS" in said) == bool(address)
