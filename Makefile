@@ -82,7 +82,7 @@ preflight: $(BUILT)
 	@docker/preflight.sh run
 
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
-ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips verify-study lint lock lock-check,$(MAKECMDGOALS)),)
+ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
 export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS IMAGE_DISK NODE_IP OUT TRACE BAG
@@ -183,6 +183,18 @@ export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the resul
 calibrate: setup ## fit the simulator to this machine's engine, under a minute per model, with a held-out error
 	@$(PY) -m experiments.calibrate.here --testbed $(TESTBED) --out $(OUT) $(SAY)
 
+# Kernel tables need an environment of their own: nothing else may come to rest on them.
+TABLES := .venv-tables
+$(TABLES)/tables.stamp: docker/tables.lock
+	@$(LOCK) test -x $(TABLES)/bin/python || $(PYTHON) -m venv $(TABLES); \
+	echo "setup: kernel tables (about 30 s, 600 MB of disk)" >&2; $(PIP:$(PY)%=$(TABLES)/bin/python%) -r $<; touch $@; $(DONE)
+
+.PHONY: tables
+tables: $(TABLES)/tables.stamp ## the calibrations of the paper's scale anew, from kernel tables and published steps; needs make trace
+	@$(TABLES)/bin/python -m experiments.calibrate.published $(if $(QUIET)$(JSON),--quiet)
+	@$(TABLES)/bin/python -m experiments.calibrate.tables $(if $(QUIET)$(JSON),--quiet)
+	@$(TABLES)/bin/python -m experiments.calibrate.end_to_end $(if $(TRACE),--trace $(TRACE)) $(SAY)
+
 .PHONY: validate
 validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
 	@$(PY) -m analysis.advise.validate --testbed $(TESTBED) --runs $(OUT) $(SAY)
@@ -259,6 +271,7 @@ lock: $(VENV)/dev.stamp ## renew the locks from pyproject.toml
 		$(VENV)/bin/uv pip compile --quiet --no-build --python-platform $$platform --python-version $$version \
 			docker/core.lock >/dev/null; done; done
 	$(UV_COMPILE) -c docker/core.lock --extra cuda pyproject.toml -o docker/cuda.lock
+	$(UV_COMPILE) -c docker/core.lock --extra tables pyproject.toml -o docker/tables.lock
 
 .PHONY: lock-check
 lock-check: lock ## renew the locks; an error if that changes one that is committed
@@ -267,6 +280,6 @@ lock-check: lock ## renew the locks; an error if that changes one that is commit
 
 .PHONY: clean
 clean: ## remove the environment, caches and unfinished trials; never a finished run
-	rm -rf .venv .image .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tables .image .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf $(OUT)/*/open-* $(OUT)/*/.seal-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,12 +17,13 @@ FLOORS = {
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["compiled", "cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],
-    "experiments.calibrate": ["published", "fit", "here"],
+    "experiments.calibrate": ["published", "tables", "end_to_end", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
     "experiments": ["run"],
     "analysis.judge": ["known", "load", "integrity", "archive", "stats", "scope", "gates", "claims", "verify"],
     "analysis.show": [
-        "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views", "report", "export"
+        "published", "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views",
+        "report", "export"
     ],
     "analysis.advise": ["capacity", "advice", "recommend", "paper_capacity", "validate"],
 }  # fmt: skip

@@ -27,7 +27,9 @@ def locked(name: str) -> dict[str, set[str]]:
     return versions
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("core", []), ("cpu", ["cpu"]), ("cuda", ["cuda"]), ("dev", ["cpu", "dev"])])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("core", []), ("cpu", ["cpu"]), ("cuda", ["cuda"]), ("dev", ["cpu", "dev"]), ("tables", ["tables"])]
+)
 def test_lock_satisfies_pyproject(lock: str, extras: list[str]) -> None:
     wanted = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
     versions = locked(lock) | (locked("torch-cpu") if "cpu" in extras else {})
@@ -43,6 +45,12 @@ def test_the_same_version_in_every_lock() -> None:
         for package, versions in locked(lock).items():
             assert versions == dev[package], f"{package} differs between {lock}.lock and dev.lock: make lock"
             assert package not in NOT_LOCKED
+
+
+def test_kernel_tables_are_all_that_core_lacks_for_them() -> None:
+    core, tables = locked("core"), locked("tables")
+    assert {package: versions for package, versions in tables.items() if package in core} == core
+    assert tables.keys() - core.keys() == {"aiconfigurator-core"}
 
 
 def test_cuda_shares_core_and_all_cuda_parts_are_13_0() -> None:

@@ -112,7 +112,7 @@ def test_a_plan_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "expected"),
     [
         (["fig9z"], "no such file; there are: fig9a, fig9b, smoke"),
-        (["fig9a", "--testbed", "h100"], "no such file; there are: a100, a100-sim, cpu, gpu-24g"),
+        (["fig9a", "--testbed", "h100"], "no such file; there are: a100, a100-2024-sim, a100-sim, cpu, gpu-24g"),
         (["fig9a", "--testbed", "cpu", "--replicates", "0"], "replicates: got 0; allowed: 1 to 20"),
         (["fig9b", "--testbed", "a100-sim", "--trace", "none.csv"], "none.csv: cannot be read"),
     ],

@@ -196,7 +196,7 @@ def evidence(case: Case) -> str:
     """What a simulated answer rests on."""
     error = f"step times off by {case.calibration.error.held_out:.1%} on held-out data"
     served = f"{case.requests} requests of trace {case.trace.name}, {len(case.seeds)} seeds"
-    return f"SIMULATED with calibration {case.calibration.calibration}, {error}; {served}"
+    return f"SIMULATED with calibration {case.calibration.calibration} ({case.calibration.title}), {error}; {served}"
 
 
 def _impossible(case: Case, limits: Latency, words: str, seen: Mapping[Setting, Latency]) -> SpecError:

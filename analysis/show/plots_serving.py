@@ -94,6 +94,25 @@ def _bars(axes: Axes, rows: pd.DataFrame, metric: str, hatched: bool) -> None:
 
 
 @plots.styled
+def published_figure(run: Run, table: pd.DataFrame) -> Figure:
+    """Table 4 of the paper, a panel per metric: what a simulated run's calibration makes of it beside what is published."""
+    figure = Figure(figsize=(2 * plots.PANEL_INCHES[0] + 0.3, 3.0), layout="constrained")
+    plots.entitle(figure, 96, "Table 4: Yi-34B, 128 requests of the original's trace at 1 request/s", run.title)
+    for axes, (metric, rows) in zip(figure.subplots(1, len(NAMES)), table.groupby("quantity", sort=False), strict=True):
+        for x, row in enumerate(rows.to_dict("records")):
+            looks = plots.look("512", hatched=True), plots.look("other", hatched=False)
+            for side, name, look in zip((-0.2, 0.2), ("predicted", "published"), looks, strict=True):
+                axes.bar(x + side, row[name], 0.36, zorder=2, label=name if not x else None, **look)
+                said = "not published" if pd.isna(row[name]) else f"{row[name]:.2f}"
+                axes.annotate(said, (x + side, np.nan_to_num(row[name])), rotation=90, zorder=5, **plots.ABOVE)
+        plots.label_groups(axes, [str(at).removeprefix("chunk size ") for at in rows["at"]])
+        axes.set_ylim(0, 1.25 * max(rows["predicted"].max(), rows["published"].max()))
+        axes.set(xlabel="chunk size (tokens)", ylabel=f"{NAMES[str(metric)]} (s)")
+    axes.legend(["simulated", "published"], loc="upper left")
+    return figure
+
+
+@plots.styled
 def tradeoff_figure(run: Run) -> Figure:
     """A panel per model: P50 TTFT over P99 TBT, a curve per QPS, its points labelled by chunk size. Nearer 0 is better."""
     models = [rows for _, rows in serving_intervals(run).groupby("model")]

@@ -19,6 +19,7 @@ from analysis.judge.load import (
     published_prefill,
     serving_trials,
 )
+from analysis.show.published import against_published, published_lines
 from experiments.records import terminal
 from experiments.records.metrics import time_unit
 from experiments.records.terminal import arguments, command, console, parse, result
@@ -87,7 +88,14 @@ def show_prefill(run: Run, table: pd.DataFrame) -> None:
         console.print(view, soft_wrap=False)
         if run.plan["scale"] == 1 and in_paper:
             console.print(published_errors(rows))
+    _show_published(run)
     console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
+
+
+def _show_published(run: Run) -> None:
+    """What else is published, and what a simulated run's calibrations make of it."""
+    for line in published_lines(against_published(run)):
+        console.print(line)
 
 
 def serving_table(run: Run) -> pd.DataFrame:
@@ -95,6 +103,7 @@ def serving_table(run: Run) -> pd.DataFrame:
 
     `truncated`: how many of the replicates a time limit cut short. They are in no median: those whom it left unserved waited
     longest. NaN where none is whole.
+    `load` of a simulated run: its rate over the saturation throughput of that chunk size.
     """
     trials = serving_trials(run)
     trials = trials[~trials["repeat"]]
@@ -104,7 +113,11 @@ def serving_table(run: Run) -> pd.DataFrame:
     whole = trials.mask(trials["truncated"], trials.assign(**dict.fromkeys(set(metrics) - {"rate"}, float("nan"))))
     table = _over_replicates(whole, keys, metrics)
     cut = trials.groupby(keys, sort=False)["truncated"].sum().reset_index()
-    return by_chunk_size(table.merge(cut, on=keys, how="left"), "model", "qps")
+    table = by_chunk_size(table.merge(cut, on=keys, how="left"), "model", "qps")
+    if saturation := run.plan.get("saturation"):
+        most = [saturation[model][size] for model, size in zip(table["model"], table["chunk_size"], strict=True)]
+        table.insert(len(keys), "load", table["rate"] / most)
+    return table
 
 
 def cut_short(run: Run) -> list[str]:
@@ -126,17 +139,20 @@ def show_serving(run: Run, table: pd.DataFrame) -> None:
     for model, of_model in table.groupby("model", sort=False):
         factor, unit = time_unit([0.0, *of_model["ttft_p50"].dropna()])
         digits, fine = 0 if unit == "ms" else 2, int(of_model["tbt_p99"].max() < 0.1)
-        columns = ("QPS", "run at", "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
-        view = _begin(run, model, columns)
+        second = "load" if "load" in table else "run at"
+        view = _begin(run, model, ("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy"))
         for qps, rows in of_model.groupby("qps", sort=False):
             for row in rows.to_dict("records"):
                 delay = _number(factor * row["scheduling_delay_p50"], f".{digits}f")
                 times = (_range(row, "ttft_p50", digits, factor), _range(row, "tbt_p99", fine, 1e3), delay)
                 size = f"{row['chunk_size']}{'*' if row['truncated'] else ''}"
-                view.add_row(f"{qps:g}", f"{row['rate']:.2f}", size, *times, _number(row["utilisation"], ".0%"))
+                load, busy = f"{row.get('load', row['rate']):.2f}", _number(row["utilisation"], ".0%")
+                view.add_row(f"{qps:g}", load, size, *times, busy)
             view.add_section()
         console.print(view, soft_wrap=False)
-    console.print("QPS, chunk: the paper's; run at: requests per second here; delay: median scheduling delay")
+    _show_published(run)
+    what = "load: QPS over what that chunk size could serve" if "load" in table else "run at: requests per second here"
+    console.print(f"QPS, chunk: the paper's; {what}; delay: median scheduling delay")
 
 
 TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}

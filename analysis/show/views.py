@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.judge.load import Run, TrialRecord, by_chunk_size
 from analysis.show import plots, plots_schedule, plots_serving
+from analysis.show.published import WORDS, against_published, published_lines
 from analysis.show.summary import cut_short, prefill_table, serving_table
 from experiments.records.metrics import NAMES, of_phase, point_phase
 
@@ -79,7 +80,8 @@ def prefill_view(run: Run, path: Path) -> View:
     words = " ".join(_prefill_words(model, rows) for model, rows in panels)
     said = f"Bars of relative prefill time by prompt length. {words}"
     picture = _picture(run, path, "prefill", plots.prefill_figure(run), said, note=note)
-    return View((picture,), tuple(_prefill_table(_titled(run, model, rows), rows) for model, rows in panels))
+    tables = tuple(_prefill_table(_titled(run, model, rows), rows) for model, rows in panels)
+    return View((picture,), (*tables, *_published_tables(run)))
 
 
 def _prefill_words(model: str, rows: pd.DataFrame) -> str:
@@ -113,14 +115,31 @@ def serving_view(run: Run, path: Path) -> View:
     words = " ".join(_serving_words(rows) for _, rows in table.groupby(["model", "qps"], sort=False))
     said = "P50 TTFT over P99 TBT, the numbers of the figure before."
     left_out = "".join(f"Left out, as {told}. " for told in cut_short(run)).strip()
-    pictures = (
+    pictures = [
         _picture(run, path, "serving", plots_serving.serving_figure(run), f"Bars by chunk size. {words}", note=left_out),
         _picture(run, path, "tradeoff", plots_serving.tradeoff_figure(run), said, "-tradeoff"),
-    )
+    ]
     panels = [(str(model), rows) for model, rows in table.groupby("model", sort=False)]
     tables = tuple(_serving_table(_titled(run, model, rows), rows) for model, rows in panels)
     explanations = tuple(picture for model, rows in panels for picture in _explanations(run, path, model, rows))
-    return View(pictures, tables, explanations)
+    if len(published := against_published(run)):
+        said = " ".join(published_lines(published))
+        pictures.append(_picture(run, path, "published", plots_serving.published_figure(run, published), said, "-published"))
+    return View(tuple(pictures), (*tables, *_published_tables(run)), explanations)
+
+
+def _published_tables(run: Run) -> tuple[Table, ...]:
+    """What else is published, beside what a simulated run's calibrations make of it."""
+    columns = ("published in", "quantity", "of", "simulated", "published", "simulated is off by")
+    tables = []
+    for name, rows in against_published(run).groupby("calibration"):
+        cells = (
+            (row["source"], WORDS[row["quantity"]], row["at"], f"{row['predicted']:.4g}",
+             "-" if pd.isna(row["off"]) else f"{row['published']:.4g}", "-" if pd.isna(row["off"]) else f"{row['off']:+.0%}")
+            for row in rows.to_dict("records")
+        )  # fmt: skip
+        tables.append(Table(f"simulated by calibration {name} against published", columns, tuple(cells)))
+    return tuple(tables)
 
 
 def _serving_words(rows: pd.DataFrame) -> str:

@@ -30,6 +30,7 @@ from experiments.simulator.cost_model import (
 )
 from experiments.spec.spec import load_model, read_yaml
 
+END_TO_END = cost_model.CALIBRATIONS.parent / "reference" / "end_to_end.yaml"
 LONGEST_PROFILE = 16384  # tokens; the longest step of Figure 9
 
 
@@ -62,7 +63,7 @@ def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, d
     return cost_model.attention_of(model, tensor_parallel, dtype, flop_per_s, 1.0, kv_bytes_per_s)
 
 
-def _published_jitter(published: Mapping[str, Any]) -> Jitter:
+def published_jitter(published: Mapping[str, Any]) -> Jitter:
     """Sigma of the log from the one step that was published twice: |log ratio| / sqrt(2), the difference of two draws."""
     steps, again = published["yi_prefill_steps"], published["yi_repeated_step"]
     first = steps["ms"][steps["tokens"].index(again["tokens"])]
@@ -120,20 +121,20 @@ def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
     read = requests * decode["context"] * attention.kv_bytes_per_token / attention.kv_bytes_per_s
     overhead = float(decoding[0] - operators[1][0] - read[0])  # one request: next to nothing but overhead and weights
     own = total - overhead - attention.flop_per_pair / attention.flop_per_s * tokens.astype(np.float64) ** 2
-    linear = _yi_linear(tokens, own, operators)
-    rest = np.maximum.accumulate(np.maximum(decoding - overhead - linear.table()[requests] - read, 0.0))
+    linear, most = _yi_linear(tokens, own, operators), int(requests[-1])
 
-    def decode_profile(keep: Ints) -> Profile:  # of 0 requests it is 0; more requests never cost less
-        return rounded_profile(np.array([0, *requests[keep]]), np.array([0.0, *rest[keep]]))
+    def host_profile(keep: Ints) -> Profile:  # nothing decodes: nothing is known of the host, and prefill steps hold it
+        return rounded_profile(np.array([0, *requests[keep]]), np.array([0.0, *decoding[keep]]))
 
     draft = Calibration(
         **_header(published, "yi-34b"),
         overhead_s=round(overhead, 8),
         linear=linear,
-        decode=decode_profile(np.arange(len(requests))),
+        decode=Profile((0, most), (0.0, 0.0)),
         attention=attention,
-        jitter=_published_jitter(published),
+        jitter=published_jitter(published),
         error=FitError(0.0, 0.0, 0.0, ""),
+        host=host_profile(np.arange(len(requests))),
     )
     fitted = _prefill_errors(CostModel(draft), published) + _decode_errors(CostModel(draft), published)
     out = []
@@ -141,7 +142,7 @@ def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
         model = CostModel(replace(draft, linear=_yi_linear(np.delete(tokens, i), np.delete(own, i), operators)))
         out.append(_prefill_errors(model, published)[i])
     for i in range(1, len(requests) - 1):
-        model = CostModel(replace(draft, decode=decode_profile(np.delete(np.arange(len(requests)), i))))
+        model = CostModel(replace(draft, host=host_profile(np.delete(np.arange(len(requests)), i))))
         out.append(_decode_errors(model, published)[i])
     return replace(draft, error=fit_error(fitted, out, "each published step but the first and last, left out in turn"))
 
@@ -175,6 +176,12 @@ def fit_error(fitted: Sequence[float], held_out: Sequence[float], on: str) -> Fi
     return FitError(mean, worst, out, on)
 
 
+def with_errors(calibration: Calibration) -> Calibration:
+    """The calibration with its errors on whole requests, which experiments/calibrate/end_to_end.py has found."""
+    errors = read_yaml(END_TO_END).get(calibration.calibration, {}).get("errors", {})
+    return replace(calibration, error=replace(calibration.error, **errors))
+
+
 def write(calibration: Calibration, path: Path) -> None:
     """Write a calibration as YAML that load_calibration reads back unchanged."""
     data = asdict(calibration)
@@ -184,17 +191,21 @@ def write(calibration: Calibration, path: Path) -> None:
     path.write_text("# Written by experiments/calibrate; see docs/simulator.md.\n" + "".join(parts), encoding="utf-8")
 
 
+def store(*calibrations: Calibration) -> dict[str, float]:
+    """Write calibrations to their place; their held-out errors."""
+    for calibration in calibrations:
+        write(with_errors(calibration), cost_model.CALIBRATIONS / f"{calibration.calibration}.yaml")
+        error = calibration.error
+        console.print(f"{calibration.calibration}: held-out error {error.held_out:.1%} ({error.held_out_on})")
+    return {calibration.calibration: calibration.error.held_out for calibration in calibrations}
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Refit the published calibrations; 0, or 2 with one line of reason."""
     parse(arguments("experiments.calibrate.published", main.__doc__), argv)
-    folder = cost_model.CALIBRATIONS
-    yi = calibrate_yi(published := read_yaml(folder / "published" / "a100.yaml"))
-    found = {calibration.calibration: calibration for calibration in (yi, calibrate_mistral(published, yi))}
-    for name, calibration in found.items():
-        write(calibration, folder / f"{name}.yaml")
-        console.print(f"{name}: held-out error {calibration.error.held_out:.1%} ({calibration.error.held_out_on})")
-    result(held_out={name: calibration.error.held_out for name, calibration in found.items()})
+    yi = calibrate_yi(published := read_yaml(cost_model.CALIBRATIONS / "published" / "a100-2024.yaml"))
+    result(held_out=store(yi, calibrate_mistral(published, yi)))
     return 0
 
 

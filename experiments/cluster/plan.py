@@ -17,7 +17,7 @@ from experiments.records.metrics import of_phase, point_phase, saturation_throug
 from experiments.records.provenance import commit, identity, machine, sha256
 from experiments.records.store import Run, read_trial
 from experiments.simulator.cost_model import CALIBRATIONS
-from experiments.simulator.estimate import session_seconds
+from experiments.simulator.estimate import session_seconds, simulated_saturations
 from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
 from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of
 from experiments.spec.workload import Trace, check_requests, choose_trace
@@ -111,9 +111,16 @@ class Plan:
             "commit": commit(),
             "requires": asdict(self.testbed.requires),
             "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
+            **self._saturation(),
             "sessions": {s.name: [t.name for t in s.trials] for s in self.all_sessions},
             "not_run": self.not_run,
         }
+
+    def _saturation(self) -> dict[str, Any]:
+        """What a simulated machine could serve at most, requests per second, by model and chunk size: what a QPS stands for."""
+        if self.testbed.platform != "simulated" or not self.trace:
+            return {}
+        return {"saturation": simulated_saturations(self.sessions, self.trace)}
 
     def outlook(self, owed: Mapping[str, Sequence[str]], nodes: Sequence[Node] = ()) -> dict[str, Any]:
         """What is owed as data, with its schedule on these nodes if they are given: times in seconds, disk in MB.

@@ -167,7 +167,8 @@ def test_a_point_that_is_not_what_it_is_named_makes_every_claim_inconclusive(fig
 
 @pytest.fixture(scope="module")
 def simulated() -> Run:
-    return synthetic_run(overhead, 0.002, testbed="a100-sim", replicates=3)
+    """Its overhead is beyond the calibrations' error."""
+    return synthetic_run(lambda _tokens, budget: 1.0 + 160 / budget, 0.002, testbed="a100-sim", replicates=3)
 
 
 def saying(run: Run, **facts: Any) -> Run:
@@ -188,7 +189,7 @@ def test_what_a_bag_says_of_its_error_changes_nothing(simulated: Run, error: Any
     for claim in claims:
         seen = observe(run, claim)
         assert isinstance(seen, Sample)
-        assert seen.systematic == math.log1p(0.0392 if claim.model == "mistral-7b" else 0.0633)
+        assert seen.systematic == math.log1p(0.126)  # of Figure 9a's relative times, see artifacts/reference/end_to_end.yaml
 
 
 @pytest.mark.parametrize("digest", ["0" * 64, None, 7, ["x"], "of the other calibration"])

@@ -134,7 +134,7 @@ def areas(patch: StepPatch) -> float:
 def test_a_trial_is_drawn_from_its_steps(run: Run) -> None:
     trial = next(trial for trial in run.trials if trial.facts["trial"] == "qps1-chunk256")
     figure = plots_serving.trial_figure(run, trial)
-    assert figure.get_suptitle().startswith("mistral-7b, chunk size 256, QPS 1 (3.33 requests/s), seed 42\n")
+    assert figure.get_suptitle().startswith("mistral-7b, chunk size 256, QPS 1 (3.15 requests/s), seed 42\n")
     time, tokens, waiting = figure.axes
     steps = trial.record.steps.iloc[trial.record.requests.query("phase == phase.max()")["first_step"].min() :]
     decode, prefill = (patch for patch in tokens.patches if isinstance(patch, StepPatch))

@@ -228,7 +228,7 @@ def test_the_serving_view(tmp_path: Path) -> None:
     # the figure, the trade-off; for each model the gaps at two QPS and two trials
     assert len(alts) == 2 + 2 * (2 + 2)
     assert all("trace synthetic-sharegpt" in alt and "scale 1:8" in alt for alt in alts)
-    assert "mistral-7b, QPS 1 (3.33 requests/s): chunk size 256: P50 TTFT " in alts[0]
+    assert "mistral-7b, QPS 1 (3.15 requests/s): chunk size 256: P50 TTFT " in alts[0]
     stems = {path.stem for path in (tmp_path / "report").glob("*.svg")}
     trials = {"mistral-7b-seed42-qps3-chunk256", "mistral-7b-seed42-qps3-chunk1024"}
     trials |= {"yi-34b-seed42-qps1-chunk512", "yi-34b-seed42-qps1-chunk2048"}

@@ -36,7 +36,7 @@ def test_the_command_speaks_json_or_not_at_all(option: str, lines: int, capsys: 
 
 def test_a_pass_of_figure_9a_takes_what_the_published_one_took() -> None:
     """Sixteen points and three probes on the paper's machine: the published times sum to 29.6 s, none of them calibrated on."""
-    session = next(s for s in expand(load_figure("fig9a"), load_testbed("a100"), 1) if s.model == "yi-34b-200k")
+    session = next(s for s in expand(load_figure("fig9a"), load_testbed("a100-2024-sim"), 1) if s.model == "yi-34b-200k")
     assert simulated_trial_seconds(session, session.trials[0], None) == pytest.approx(29.6, rel=0.1)
 
 

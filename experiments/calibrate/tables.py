@@ -1,0 +1,168 @@
+"""Calibrations of a recent engine from measured kernel tables: `make tables` writes them anew, and the rows they are fitted to.
+
+The tables come with the package aiconfigurator-core, which only this command needs. It adds up kernel times to a step; what it
+says of single steps is kept in artifacts/calibration/published, and our cost model is fitted to that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.optimize import nnls
+
+from experiments.calibrate.published import LONGEST_PROFILE, fit_error, published_jitter, rounded_profile, store
+from experiments.records.errors import SpecError
+from experiments.records.terminal import arguments, command, parse, result
+from experiments.simulator import cost_model
+from experiments.simulator.cost_model import Calibration, CostModel, Floats, Jitter, Profile
+from experiments.spec.spec import load_model, read_yaml
+
+PACKAGE, VERSION = "aiconfigurator-core", "0.12.0"
+SYSTEM, ENGINE, ENGINE_VERSION = "a100_sxm", "vllm", "0.14.0"
+ROWS = Path("published") / "a100-sxm.yaml"
+FITTED = {"yi-34b": (2, ("yi-34b", "yi-34b-200k"), "Yi-34B"), "mistral-7b": (1, ("mistral-7b",), "Mistral-7B")}
+MOST_DECODES, MOST_CONTEXT = 128, 4096  # as the published calibrations
+
+# Where the operators were measured; 16,384 is the package's extrapolation.
+OPERATORS = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, LONGEST_PROFILE)
+PREFILL = [(n, 0) for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)]  # tokens of a piece, tokens before it
+PREFILL += [(n, total - n) for n in (512, 1024, 2048) for total in (4096, 8192, 16384)]
+DECODE = [(n, context) for n in (1, 2, 4, 8, 16, 32, 64, 128) for context in (256, 1024, MOST_CONTEXT)]
+# A prompt, and requests that decode at its length; prompts of sizes between the knots.
+HELD_OUT = [(n, decodes) for n in (256, 512, 1024, 2048) for decodes in (4, 16, 32, 64, 128)]
+HELD_OUT += [(n, 0) for n in (640, 1536, 3072, 6144, 12288)]
+
+FIXED_BY = {
+    "overhead_s": "least squares on the tables' prefill and decode steps: what attention kernels cost beside their work",
+    "linear": "the tables' operators but attention, all-reduce included; beyond 8,192 tokens extrapolated by the package",
+    "decode": "0: the tables know no cost of a decoding request but its tokens and its context",
+    "host": "none: the tables hold kernels, not what the host does between them",
+    "attention": "least squares on the same steps",
+    "attention.masked_share": "0: these kernels skip masked tiles; counting them, prefill is off by 13 % at worst, not by 1.5",
+    "jitter": "assumed to be that of the paper's machine, one step published twice",
+    "valid": "the steps that were fitted; 128 requests at 4,096 tokens of context",
+    "block_size": "vLLM's default on GPUs",
+    "device_memory_bytes": "nominal size; the card reports 5 % more, which is left to activations and the CUDA context",
+}
+NOTICE = f"""# Written by experiments/calibrate/tables.py: milliseconds of single steps as {PACKAGE} {VERSION}
+# adds them up from its measured kernel tables. Copyright NVIDIA Corporation and affiliates, Apache-2.0; see
+# artifacts/reference/SOURCES.md. operators: tokens, ms of all but attention. prefill: tokens, tokens before them, ms.
+# decode: requests, context of each, ms. held_out: tokens of a prompt, requests that decode at that context, ms.
+"""
+
+
+def read_tables(model: str, tensor_parallel: int) -> dict[str, Any]:
+    """What the package says of the steps above, milliseconds: rows of (what the step holds ..., ms).
+
+    Raises SpecError without the package, or with another version of it.
+    """
+    try:
+        came = version(PACKAGE)
+        from aiconfigurator_core.sdk.engine import EngineHandle
+    except (PackageNotFoundError, ModuleNotFoundError):
+        came = "none"
+    if came != VERSION:
+        raise SpecError(f"package {PACKAGE}: got {came}; allowed: {VERSION}, in an environment that make tables sets up")
+    logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)  # of attention back ends that A100s have no choice of
+    shape = load_model(model) | {"architectures": ["LlamaForCausalLM"]}  # Mistral's layers are Llama's, but not known by name
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        engine = EngineHandle.compile(folder, SYSTEM, ENGINE, backend_version=ENGINE_VERSION, tp_size=tensor_parallel)
+        prefill = [[n, before, engine.predict_prefill_latency(1, n + before, before)] for n, before in PREFILL]
+        decode = [[n, at, engine.mixed_step_breakdown(0, n, at, 2)[0]] for n, at in DECODE]
+        mixed = [[n, decodes, engine.mixed_step_breakdown(n, decodes, n, 2)[0]] for n, decodes in HELD_OUT]
+        operators = [[n, engine.mixed_step_breakdown(n, 0, n, 2)[1]] for n in OPERATORS]
+    rows = {"operators": operators, "prefill": prefill, "decode": decode, "held_out": mixed}
+    return {name: [[*row[:-1], round(row[-1], 4)] for row in table] for name, table in rows.items()}
+
+
+def _composition(prefill: int, decodes: int, pieces: int, before: int, context: int) -> tuple[int, int, int, int, int]:
+    """As CostModel.step takes it: prompts of this many tokens in all behind `before` others, decodes at `context` each."""
+    return prefill, decodes, pieces, prefill * before + prefill * (prefill + 1) // 2, decodes * context
+
+
+def steps_of(rows: Mapping[str, Any], name: str) -> tuple[list[tuple[int, int, int, int, int]], Floats]:
+    """Steps of a table of read_tables, as CostModel.step takes them, and their seconds."""
+    table = rows[name]
+    if name == "decode":
+        steps = [_composition(0, n, 0, 0, context) for n, context, _ in table]
+    elif name == "prefill":
+        steps = [_composition(n, 0, 1, before, 0) for n, before, _ in table]
+    else:
+        steps = [_composition(n, decodes, 1, 0, n) for n, decodes, _ in table]
+    return steps, np.array([row[-1] for row in table]) / 1e3
+
+
+def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) -> Calibration:
+    """Fit the cost model to the rows of a model: the operators as they are; a fixed time, a query-key pair of prefill and a
+    token of decode context by least squares on relative errors. Steps that mix, and sizes between the knots, are held out."""
+    tensor_parallel, models, name = FITTED[model]
+    tokens, seconds = np.array(rows["operators"]).T
+    linear = rounded_profile(tokens.astype(np.int64), seconds / 1e3)
+    fitted = [steps_of(rows, name) for name in ("prefill", "decode")]
+    steps, total = np.array([step for part, _ in fitted for step in part]), np.concatenate([part for _, part in fitted])
+    work = np.stack([np.ones(len(total)), steps[:, 3], steps[:, 4]], axis=1)
+    scale = work.max(axis=0)
+    rest = total - linear.table()[steps[:, 0] + steps[:, 1]]
+    fixed, pair_s, context_s = (nnls(work / scale / total[:, None], rest / total)[0] / scale).tolist()
+    unit = cost_model.attention_of(model, tensor_parallel, "float16", 1.0, 0.0, 1.0)
+    rates = {"flop_per_s": unit.flop_per_pair / pair_s, "kv_bytes_per_s": unit.kv_bytes_per_token / context_s}
+    gpus = f"{tensor_parallel} A100 80 GB SXM"
+    draft = Calibration(
+        calibration=f"a100-{model}" + (f"-tp{tensor_parallel}" if tensor_parallel > 1 else ""),
+        title=f"{name} on {gpus}, kernels of vLLM {ENGINE_VERSION}",
+        models=models,
+        tensor_parallel=tensor_parallel,
+        sources=(source,),
+        overhead_s=round(fixed, 8),
+        linear=linear,
+        decode=Profile((0, MOST_DECODES), (0.0, 0.0)),
+        attention=replace(unit, **{key: float(f"{rate:.4g}") for key, rate in rates.items()}),
+        jitter=jitter,
+        valid=cost_model.ValidRange(
+            LONGEST_PROFILE, MOST_DECODES, LONGEST_PROFILE * (LONGEST_PROFILE + 1) // 2, MOST_DECODES * MOST_CONTEXT
+        ),
+        error=cost_model.FitError(0.0, 0.0, 0.0, ""),
+        block_size=16,
+        fixed_by=FIXED_BY,
+        device_memory_bytes=80e9,
+    )
+    cost = CostModel(draft)
+
+    def errors(name: str) -> list[float]:
+        return [cost.step(*step) / measured - 1 for step, measured in zip(*steps_of(rows, name), strict=True)]
+
+    held_out = f"{len(rows['held_out'])} steps of the tables that mix, or lie between the knots"
+    return replace(draft, error=fit_error(errors("prefill") + errors("decode"), errors("held_out"), held_out))
+
+
+def calibrations(published: Mapping[str, Any], jitter: Jitter) -> list[Calibration]:
+    """All models' from the rows that the file of ROWS holds."""
+    return [calibrate(model, rows, published["source"], jitter) for model, rows in published["models"].items()]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the tables, write their rows and the calibrations anew; 0, or 2 with one line of reason."""
+    parse(arguments("experiments.calibrate.tables", main.__doc__), argv)
+    folder = cost_model.CALIBRATIONS
+    source = f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{SYSTEM}: {ENGINE} {ENGINE_VERSION}"
+    published = {"source": source, "models": {model: read_tables(model, tp) for model, (tp, *_) in FITTED.items()}}
+    (folder / ROWS).write_text(NOTICE + yaml.safe_dump(published, sort_keys=False, width=124, default_flow_style=None))
+    published = read_yaml(folder / ROWS)
+    result(held_out=store(*calibrations(published, published_jitter(read_yaml(folder / "published" / "a100-2024.yaml")))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
