@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,18 @@ def _register(architecture: str) -> None:
     ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
+@contextmanager
+def _numba_out_of_sight() -> Iterator[None]:
+    """While it loads, vLLM 0.32 looks into the objects of every loaded module, and fails at one of llvmlite, numba's base."""
+    name = "llvmlite.binding.ffi"
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module:
+            sys.modules[name] = module
+
+
 class VllmEngine:
     """experiments.records.record.Engine over vLLM. Raises EngineError where a measurement could not be trusted."""
 
@@ -93,7 +107,8 @@ class VllmEngine:
         started = time.perf_counter()
         if settings.platform == "cpu":
             _register(config["architectures"][0])
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, self._model_dir.name)))
+        with _numba_out_of_sight():
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, self._model_dir.name)))
         self._load_s = time.perf_counter() - started
         self._core = self._engine.engine_core.engine_core
         self._scheduler = self._core.scheduler
