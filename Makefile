@@ -18,6 +18,8 @@ QPS ?=##             in make recommend, a load that is given, requests per secon
 QUIET ?=##           1: errors only; the exit status tells the rest
 JSON ?=##            1: the result as one line of JSON, and nothing else
 ALL ?=##             1: in make verify, a claim that was not run counts as INCONCLUSIVE
+FIGURE ?= fig9a##    in make plan: a figure's name, or a YAML file
+TRIAL ?=##           in make export: a trial's folder, .../trials/SESSION/TRIAL
 PYTHON ?= python3##  the Python that makes the virtual environment; 3.11 or 3.12
 IN ?= $(if $(filter-out 0,$(HAS_GPU)),$(if $(HAS_DOCKER),docker,host),host)##     docker or host: where targets run; default: docker if an NVIDIA GPU and docker are there
 DOCKER ?= docker##   docker or podman
@@ -29,12 +31,48 @@ NETWORK ?= $(if $(RAY_ADDRESS),host,none)##  its network; default: none, host wi
 SOURCE ?= unpublished##  URL of the repository, for the image's labels
 USER_FLAGS ?= --user $(shell id -u):$(shell id -g)##  its user, who owns the outputs; rootless podman: --userns=keep-id
 RAY_ADDRESS ?=##  a Ray cluster to join, HOST:6379; default: one of its own, on this machine
+RAY_AUTH_TOKEN ?=##  the token that make node printed
 NODE_IP ?=##     in make node, this machine's address in the cluster; default: what Ray finds
 RUN_FLAGS ?=##    more flags for docker run, such as a mount with weights
 BUILD_FLAGS ?=##  more flags for docker build
 IMAGE_DISK ?= $(if $(filter cuda,$(TARGET)),40,10)##  GiB that must be free before make image builds for the first time
+PYTEST ?=##    arguments for pytest, in make test, test-cluster and test-image
+KILLS ?= 200##  how many, in make torture
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_LINKS ?= $(or $(PIP_FIND_LINKS),$(TORCH_INDEX)/torch/)
+
+# -- what is given, checked before anything is run -----------------------------------------------------------------
+# No value is ever part of a command's text: make takes it as it is, a $$ in it too, and recipes read it from the environment.
+ifneq ($(patsubst ./%,%,$(firstword $(MAKEFILE_LIST))),Makefile)
+$(error make: run it in the folder of its Makefile, as by make -C FOLDER)
+endif
+KNOWN := $(shell sed -n 's/^\([A-Z0-9_]*\) ?=.*/\1/p' Makefile)
+LETTERS := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+NEAR = $(or $(strip $(foreach l,$(LETTERS),$(and $(filter $l%,$1),$(filter $l%,$(KNOWN))))),$(KNOWN))
+UNKNOWN := $(filter-out $(KNOWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)))
+$(foreach v,$(UNKNOWN),$(error $v: no variable of this Makefile; near it: $(call NEAR,$v); what programs read goes before make))
+define NEWLINE
+
+
+endef
+GIVEN := $(foreach v,$(KNOWN),$(if $(filter-out file,$(origin $v)),$v))
+SILENT := $(foreach v,$(GIVEN),$(if $(and $(filter environment,$(origin $v)),$(value $v)),$v))
+$(foreach v,$(GIVEN),$(if $(findstring $(NEWLINE),$(value $v)),$(error $v: got more than one line; allowed: one)))
+$(foreach v,$(GIVEN),$(eval override $v := $$(value $v)))
+SPACE := $(subst ,, )
+TAB := $(shell printf '\t')
+ONE_OF = $(if $(filter $2,$(subst $(TAB),_,$(subst $(SPACE),_,$3))),,$(error $1: got '$($1)'; allowed: $2))
+ON := 1 yes true on
+OFF := 0 no false off
+IS_ON = $(filter $(ON),$($1))
+$(foreach v,QUIET JSON ALL,$(if $($v),$(call ONE_OF,$v,$(ON) $(OFF),$($v))))
+$(foreach v,TESTBED OUT FIGURE PYTHON KILLS TORCH_INDEX,$(if $(strip $($v)),,$(error $v: got nothing; without it the default holds)))
+$(call ONE_OF,TARGET,cuda cpu,$(TARGET))
+$(call ONE_OF,DOCKER,docker podman,$(notdir $(subst $(SPACE),_,$(DOCKER))))
+SECRET := RAY_AUTH_TOKEN
+$(if $(call IS_ON,QUIET),,$(foreach v,$(SILENT),$(warning $v: taken from the environment$(if $(filter-out $(SECRET),$v),: $($v)))))
+QUOTED = '$(subst ','\'',$1)'
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -43,11 +81,22 @@ DONE = echo "setup: done in $$SECONDS s" >&2
 # As pip does it, but on two cores and without what is hardly ever imported: 25 s less.
 COMPILE := $(PY) -m compileall -q -j 2 -x '/tests?/|transformers/models/' $(VENV)/lib >/dev/null 2>&1 || true
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
-HAS_DOCKER := $(shell command -v $(DOCKER) 2>/dev/null)
-ENGINE := $(if $(filter %-sim,$(TESTBED)),core,$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu))
-SAY = $(if $(QUIET),--quiet) $(if $(JSON),--json)
-RUN = $(PY) -m experiments.run --testbed $(TESTBED) --out $(OUT) $(if $(REPLICATES),--replicates $(REPLICATES)) \
-	$(if $(TRACE),--trace $(TRACE)) $(SAY)
+HAS_DOCKER := $(shell command -v $(call QUOTED,$(DOCKER)) 2>/dev/null)
+$(call ONE_OF,IN,docker host,$(IN))
+# What a testbed needs goes by what it is, not by its name; one that is not there needs nothing.
+TESTBED_FILE := $(if $(filter %.yaml,$(lastword $(TESTBED))),$(TESTBED),experiments/spec/testbeds/$(TESTBED).yaml)
+PLATFORM := $(shell test ! -f $(call QUOTED,$(TESTBED_FILE)) || \
+	sed -n 's/^platform: *["'\'']*\([a-z]*\).*/\1/p' -- $(call QUOTED,$(TESTBED_FILE)) 2>/dev/null)
+ENGINE := $(if $(filter auto,$(TESTBED))$(filter cpu cuda,$(PLATFORM)),$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu),core)
+SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
+WITH_TRACE = $(if $(TRACE),--trace="$$TRACE")
+RUN = $(PY) -m experiments.run --testbed="$$TESTBED" --out="$$OUT" $(if $(REPLICATES),--replicates="$$REPLICATES") \
+	$(WITH_TRACE) $(SAY)
+# The testbed that auto stands for is chosen once, by the run: the table is that of its bags.
+define MEASURE
+@mkdir -p artifacts/report; bags=$$(mktemp artifacts/report/.bags-XXXXXX); trap 'rm -f "$$bags"' EXIT; \
+$(RUN) --bags="$$bags" -- $@; $(PY) -m analysis.show.summary --runs="$$OUT" --bags="$$bags" $(SAY) -- $@
+endef
 
 .PHONY: help
 help: ## list the targets
@@ -65,17 +114,22 @@ BUILT := .image/$(TARGET).built
 export DOCKER_BUILDKIT = 1
 export PYTHONPATH := .
 
+define BUILD
+@docker/preflight.sh build
+@read -ra flags <<<"$$BUILD_FLAGS"; "$$DOCKER" build --target $(TARGET) --tag $(IMAGE) \
+	--build-arg TORCH_INDEX="$$TORCH_INDEX" --build-arg SOURCE="$$SOURCE" \
+	--build-arg REVISION="$$(git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown)" \
+	--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" "$${flags[@]}" -f docker/Dockerfile .
+@mkdir -p .image && touch $(BUILT)
+endef
+
 .PHONY: image
 image: ## build the image of TARGET: cuda (30 GB by estimate) or cpu
-	@docker/preflight.sh build
-	@$(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg SOURCE=$(SOURCE) \
-		--build-arg REVISION=$$(git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown) \
-		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) $(BUILD_FLAGS) -f docker/Dockerfile .
-	@mkdir -p .image && touch $(BUILT)
+	$(BUILD)
 
 $(BUILT): docker/Dockerfile docker/install-system.sh docker/install-python.sh docker/entrypoint.sh \
 	docker/core.lock docker/$(TARGET).lock
-	@$(MAKE) image
+	$(BUILD)
 
 .PHONY: preflight
 preflight: $(BUILT)
@@ -85,11 +139,11 @@ preflight: $(BUILT)
 ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS IMAGE_DISK NODE_IP OUT TRACE BAG
-ifneq ($(RAY_ADDRESS),)
-export RAY_ADDRESS
+export TESTBED REPLICATES OUT BAG MODEL TBT_P99 TTFT_P50 QPS FIGURE TRIAL
+export DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS BUILD_FLAGS IMAGE_DISK SOURCE NODE_IP
+export $(foreach v,RAY_ADDRESS RAY_AUTH_TOKEN,$(if $($v),$v))
 endif
-endif
+export PYTHON TORCH_INDEX TORCH_LINKS KILLS PYTEST TRACE
 ifeq ($(IN),docker)
 PY := docker/in-image.sh python
 VENV := .image
@@ -100,14 +154,14 @@ trace: NETWORK := host
 else
 # -- environment ---------------------------------------------------------------------------------------------------
 $(VENV)/core.stamp: docker/core.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: PYTHON: got %d.%d; 3.11 or newer is needed" % v)'
-	@$(LOCK) test -x $(PY) || $(PYTHON) -m venv $(VENV); echo "setup: what simulation and analysis need (about 20 s)" >&2; \
+	@"$$PYTHON" -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: PYTHON: got %d.%d; 3.11 or newer is needed" % v)'
+	@$(LOCK) test -x $(PY) || "$$PYTHON" -m venv $(VENV); echo "setup: what simulation and analysis need (about 20 s)" >&2; \
 	$(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
 
 # torch comes first: its CPU build is not on the ordinary index. The hashes are in the lock either way.
 $(VENV)/cpu.stamp: docker/cpu.lock docker/torch-cpu.lock $(VENV)/core.stamp
 	@$(LOCK) echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)" >&2; \
-	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r docker/torch-cpu.lock; \
+	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url "$$TORCH_INDEX" -r docker/torch-cpu.lock; \
 	$(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
 
 $(VENV)/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp
@@ -129,22 +183,19 @@ doctor: $(VENV)/core.stamp ## each testbed: can this machine run it, and if not,
 
 .PHONY: plan
 plan: $(if $(RAY_ADDRESS),setup,$(VENV)/core.stamp) ## sessions, trials, schedule, minutes and disk of FIGURE (default fig9a); starts nothing
-	@$(RUN) --plan $(or $(FIGURE),fig9a)
+	@$(RUN) --plan -- "$$FIGURE"
 
 .PHONY: smoke
 smoke: setup ## the smallest real run of the whole path, under 2 minutes
-	@$(RUN) smoke
-	@$(PY) -m analysis.show.summary smoke --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	$(MEASURE)
 
 .PHONY: fig9a
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table
-	@$(RUN) fig9a
-	@$(PY) -m analysis.show.summary fig9a --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	$(MEASURE)
 
 .PHONY: fig9b
 fig9b: setup ## Figure 9b, latency against throughput: run or resume, seal, print the table
-	@$(RUN) fig9b
-	@$(PY) -m analysis.show.summary fig9b --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	$(MEASURE)
 
 .PHONY: trace
 trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; without it a synthetic one is used
@@ -152,11 +203,11 @@ trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; with
 
 .PHONY: verify
 verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line
-	@$(PY) -m analysis.judge.verify $(if $(BAG),--bag "$(BAG)",--runs $(OUT)) $(if $(ALL),--all) $(SAY)
+	@$(PY) -m analysis.judge.verify $(if $(BAG),--bag="$$BAG",--runs="$$OUT") $(if $(call IS_ON,ALL),--all) $(SAY)
 
 .PHONY: package
 package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference with a manifest; make verify BAG=it checks it
-	@$(PY) -m analysis.judge.archive --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.judge.archive --runs="$$OUT" $(SAY)
 
 .PHONY: verify-study
 verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
@@ -164,7 +215,7 @@ verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments w
 
 .PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
-	@$(PY) -m analysis.show.report --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.show.report --runs="$$OUT" $(SAY)
 
 .PHONY: node
 node: NETWORK := host
@@ -177,44 +228,44 @@ pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into 
 
 .PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
-	@$(PY) -m analysis.show.export "$(or $(TRIAL),$(error TRIAL=: a folder .../trials/SESSION/TRIAL is needed))" $(SAY)
+	@$(PY) -m analysis.show.export $(SAY) -- "$$TRIAL"
 
 .PHONY: calibrate
 calibrate: setup ## fit the simulator to this machine's engine, under a minute per model, with a held-out error
-	@$(PY) -m experiments.calibrate.here --testbed $(TESTBED) --out $(OUT) $(SAY)
+	@$(PY) -m experiments.calibrate.here --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
 # Kernel tables need an environment of their own: nothing else may come to rest on them.
 TABLES := .venv-tables
 $(TABLES)/tables.stamp: docker/tables.lock
-	@$(LOCK) test -x $(TABLES)/bin/python || $(PYTHON) -m venv $(TABLES); \
+	@$(LOCK) test -x $(TABLES)/bin/python || "$$PYTHON" -m venv $(TABLES); \
 	echo "setup: kernel tables (about 30 s, 600 MB of disk)" >&2; $(PIP:$(PY)%=$(TABLES)/bin/python%) -r $<; touch $@; $(DONE)
 
 .PHONY: tables
 tables: $(TABLES)/tables.stamp ## the calibrations of the paper's scale anew, from kernel tables and published steps; needs make trace
-	@$(TABLES)/bin/python -m experiments.calibrate.published $(if $(QUIET)$(JSON),--quiet)
-	@$(TABLES)/bin/python -m experiments.calibrate.tables $(if $(QUIET)$(JSON),--quiet)
-	@$(TABLES)/bin/python -m experiments.calibrate.end_to_end $(if $(TRACE),--trace $(TRACE)) $(SAY)
+	@$(TABLES)/bin/python -m experiments.calibrate.published $(if $(SAY),--quiet)
+	@$(TABLES)/bin/python -m experiments.calibrate.tables $(if $(SAY),--quiet)
+	@$(TABLES)/bin/python -m experiments.calibrate.end_to_end $(WITH_TRACE) $(SAY)
 
 .PHONY: validate
 validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
-	@$(PY) -m analysis.advise.validate --testbed $(TESTBED) --runs $(OUT) $(SAY)
+	@$(PY) -m analysis.advise.validate --testbed="$$TESTBED" --runs="$$OUT" $(SAY)
 
 .PHONY: recommend
 recommend: setup ## the chunk size for MODEL and targets TBT_P99, TTFT_P50 (s), or a load QPS; confirmed on this machine's engine
-	@$(PY) -m analysis.advise.recommend --testbed $(TESTBED) --runs $(OUT) --model '$(MODEL)' --tbt '$(TBT_P99)' --ttft '$(TTFT_P50)' \
-		--qps '$(QPS)' $(if $(TRACE),--trace $(TRACE)) $(SAY)
+	@$(PY) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" --tbt="$$TBT_P99" \
+		--ttft="$$TTFT_P50" --qps="$$QPS" $(WITH_TRACE) $(SAY)
 
 .PHONY: capacity
 capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices
-	@$(PY) -m analysis.advise.paper_capacity $(if $(TRACE),--trace $(TRACE)) $(SAY)
+	@$(PY) -m analysis.advise.paper_capacity $(WITH_TRACE) $(SAY)
 
 .PHONY: check-advice
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
-	@$(PY) tests/bench/check_advice.py --testbed $(TESTBED) --runs $(OUT) $(if $(MODEL),--model $(MODEL)) $(SAY)
+	@$(PY) tests/bench/check_advice.py --testbed="$$TESTBED" --out="$$OUT" $(if $(MODEL),--model="$$MODEL") $(SAY)
 
 .PHONY: bench
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
-	@$(PY) tests/bench/bench_sim.py $(TRACE) $(SAY)
+	@$(PY) tests/bench/bench_sim.py $(WITH_TRACE) $(SAY)
 	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py $(SAY))
 
 # -- developing ----------------------------------------------------------------------------------------------------
@@ -223,11 +274,11 @@ SIDE_BY_SIDE := -m "not cluster" -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: $(VENV)/dev.stamp ## all tests but those of clusters and images, the real engine on the CPU included
-	@$(PY) -m pytest $(or $(PYTEST),$(SIDE_BY_SIDE))
+	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest $(if $(PYTEST),,$(SIDE_BY_SIDE))
 
 .PHONY: test-cluster
 test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 3 min
-	@$(PY) -m pytest tests/cluster/test_cluster.py $(PYTEST)
+	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest tests/cluster/test_cluster.py
 
 .PHONY: coverage
 coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by both, about 10 min; an error below 90 %
@@ -236,7 +287,7 @@ coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by bo
 
 .PHONY: torture
 torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left
-	@$(PY) tests/torture.py --kills $(or $(KILLS),200) $(SAY)
+	@$(PY) tests/torture.py --kills="$$KILLS" $(SAY)
 
 .PHONY: torture-nodes
 torture-nodes: $(VENV)/dev.stamp ## 20 random kills of whole nodes of a local Ray cluster, about 10 min: nothing lost or doubled
@@ -248,7 +299,7 @@ flips: $(VENV)/dev.stamp ## 1,000 random bit flips over whole bags: all found
 
 .PHONY: test-image
 test-image: $(VENV)/dev.stamp ## the image, built and run on a stand-in base; installs docker by apt; needs root, about 9 min
-	@$(PY) -m pytest -p no:cacheprovider -v tests/image/check_image.py $(PYTEST)
+	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest -p no:cacheprovider -v tests/image/check_image.py
 
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict, Makefile and shell linters
@@ -260,12 +311,11 @@ UV_COMPILE = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv pip compile --quiet --univ
 	--python-version 3.11 --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
 # Where core.lock must have a wheel for everything: the simulator runs there.
 CORE_PLATFORMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-darwin x86_64-apple-darwin
-TORCH_LINKS ?= $(or $(PIP_FIND_LINKS),$(TORCH_INDEX)/torch/)
 
 .PHONY: lock
 lock: $(VENV)/dev.stamp ## renew the locks from pyproject.toml
-	$(UV_COMPILE) --find-links $(TORCH_LINKS) --no-emit-package torch --extra cpu --extra dev pyproject.toml -o docker/dev.lock
-	$(UV_COMPILE) --find-links $(TORCH_LINKS) --no-emit-package torch --extra cpu -c docker/dev.lock pyproject.toml -o docker/cpu.lock
+	$(UV_COMPILE) --find-links "$$TORCH_LINKS" --no-emit-package torch --extra cpu --extra dev pyproject.toml -o docker/dev.lock
+	$(UV_COMPILE) --find-links "$$TORCH_LINKS" --no-emit-package torch --extra cpu -c docker/dev.lock pyproject.toml -o docker/cpu.lock
 	$(UV_COMPILE) -c docker/dev.lock pyproject.toml -o docker/core.lock
 	for platform in $(CORE_PLATFORMS); do for version in 3.11 3.14; do \
 		$(VENV)/bin/uv pip compile --quiet --no-build --python-platform $$platform --python-version $$version \
@@ -280,6 +330,13 @@ lock-check: lock ## renew the locks; an error if that changes one that is commit
 
 .PHONY: clean
 clean: ## remove the environment, caches and unfinished trials; never a finished run
+	@case $$OUT in /*) out=$$OUT ;; *) out=./$$OUT ;; esac; [ ! -d "$$out" ] || out=$$(CDPATH='' cd "$$out" && pwd -P); \
+	above=$${out%/}; for kept in "$$(pwd -P)" "$$(CDPATH='' cd && pwd -P)"; do case $$kept/ in "$$above"/*) \
+		echo "error: OUT: got $$OUT; allowed: a folder of runs, not one that holds this project or your home" >&2; exit 2 ;; esac; done; \
+	[ ! -d "$$out" ] || find "$$out" -mindepth 2 -maxdepth 2 -type d \
+		\( -name 'open-$(HEX8)' -o -name '.seal-$(HEX8)' \) -prune -exec rm -rf {} +
 	rm -rf .venv .venv-tables .image .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf $(OUT)/*/open-* $(OUT)/*/.seal-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# How a run's identity ends the names of its folders.
+HEX8 := $(subst x,[0-9a-f],xxxxxxxx)

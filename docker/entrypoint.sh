@@ -11,9 +11,16 @@ export PYTHONDONTWRITEBYTECODE=1 # the source is mounted read-only
 export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 mkdir -p "$HOME" "$XDG_CACHE_HOME"
 
-measures() { # a run of a figure on a real engine
-    [[ " $* " == *" -m experiments.run "* && " $* " != *" --plan "* && " $* " != *-sim* ]] &&
-        [[ " $* " =~ " "(smoke|fig9a|fig9b|[^ ]*\.yaml)" " ]]
+measures() { # a run of a figure, the last word, on a testbed that is not simulated
+    local before='' word testbed=auto
+    [[ " $* " == *" -m experiments.run "* && " $* " != *" --plan "* && ${!#} =~ ^(smoke|fig9[ab]|.*\.yaml)$ ]] || return 1
+    for word; do
+        [[ $before != --testbed ]] || testbed=$word
+        [[ $word != --testbed=* ]] || testbed=${word#*=}
+        before=$word
+    done
+    [[ $testbed == *.yaml ]] || testbed=experiments/spec/testbeds/$testbed.yaml
+    ! grep -qs "^platform: *[\"']*simulated" -- "$testbed"
 }
 
 ray_started=

@@ -5,17 +5,22 @@ set -euo pipefail
 root=$PWD
 read -ra flags <<<"${USER_FLAGS:-} ${GPUS:-} ${SHM:-} ${ULIMITS:-} ${NETWORK:+--network=$NETWORK} ${RUN_FLAGS:-}"
 
-mount() { # folder or file, and "readonly" or nothing
-    mounts+=(--mount "type=bind,source=$(realpath "$1"),target=$(realpath -s "$1")${2:+,$2}")
+mount() { # folder or file, and "readonly" or nothing; fields are quoted as in a CSV, so that a path may hold anything
+    local source target
+    source=$(realpath -- "$1") target=$(realpath -s -- "$1")
+    [[ -z ${mounted[$target]:-} ]] || return 0
+    mounted[$target]=1
+    mounts+=(--mount "type=bind,\"source=${source//\"/\"\"}\",\"target=${target//\"/\"\"}\"${2:+,$2}")
 }
 mounts=()
-mkdir -p artifacts "$OUT"
+declare -A mounted
+mkdir -p -- artifacts "$OUT"
 mount "$root" readonly
 mount artifacts # reports, fetched traces, calibrations of this machine, packages
 mount artifacts/reference readonly
 mount "$OUT"
-for file in "${TRACE:-}" "${BAG:-}"; do
-    [[ ! -f $file ]] || mount "$file" readonly
+for input in "${TRACE:-}" "${BAG:-}" "${TESTBED:-}" "${FIGURE:-}" "${TRIAL:-}"; do
+    [[ ! -e $input ]] || mount "$input" readonly
 done
 
 variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")

@@ -24,8 +24,8 @@ docker_answers() {
 
 disk() { # GiB needed, folder, what for, how to mend
     local folder=$2 free
-    while [[ ! -d $folder ]]; do folder=$(dirname "$folder"); done
-    free=$(df --output=avail -BG "$folder" | tail -n 1 | tr -dc 0-9)
+    while [[ ! -d $folder ]]; do folder=$(dirname -- "$folder"); done
+    free=$(df --output=avail -BG -- "$folder" | tail -n 1 | tr -dc 0-9)
     ((free >= $1)) || fail "$free GiB free in $folder; $1 are needed for $3: $4"
 }
 
@@ -75,7 +75,7 @@ run)
     disk 2 "$OUT" "the run" "free some, or OUT= a folder on another disk"
     "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || fail "no image $IMAGE: make image TARGET=$TARGET"
     [[ $TARGET != cuda ]] || gpu_in_container
-    "$(dirname "$0")/in-image.sh" python -m experiments.machine.doctor "${TESTBED:-auto}"
+    "$(dirname "$0")/in-image.sh" python -m experiments.machine.doctor -- "${TESTBED:-auto}"
     ;;
 *) fail "got '$1'; allowed: build or run" ;;
 esac

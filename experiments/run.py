@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,8 +18,8 @@ from experiments.cluster.plan import Plan, local_node
 from experiments.engine.session import TrialResult, run_session
 from experiments.machine import doctor
 from experiments.records.provenance import sbom
-from experiments.records.store import to_json
-from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.records.store import to_json, write_whole
+from experiments.records.terminal import arguments, command, console, parse, reason, result, tell, written
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import SATURATION
 
@@ -147,13 +146,6 @@ def _nodes(plan: Plan) -> list[Node]:
         return Fleet(ray).nodes
 
 
-def _interrupted(_signal: int, _frame: object) -> None:
-    """The first SIGINT or SIGTERM; a further one must not disturb what ends the processes of the run."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: print("stopping already, a few seconds more", file=sys.stderr))
-    raise KeyboardInterrupt
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 complete, 1 incomplete (a disk that is full, too), 2 bad input, 130 interrupted."""
@@ -161,30 +153,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("figure", help="a figure's name or YAML file, or 'doctor'")
     parser.add_argument("--replicates", type=int, help="seeds of each point; default: the testbed's number")
     parser.add_argument("--plan", action="store_true", help="print what would be run; start nothing")
+    parser.add_argument("--bags", type=Path, help="name the bags of the complete run in this file, as JSON")
     options = parse(parser, argv)
-    before = {number: signal.signal(number, _interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-    kept = "finished trials are kept, the same command resumes"
-    try:
-        if options.figure == "doctor":
-            doctor.report(options.out)
-            return 0
-        plan = Plan(options.figure, options.testbed, options.replicates, options.out, options.trace)
-        if not options.plan:
-            return execute(plan)
+    if options.figure == "doctor":
+        doctor.report(options.out)
+        return 0
+    plan = Plan(options.figure, options.testbed, options.replicates, options.out, options.trace)
+    if options.plan:
         outlook = plan.outlook(plan.owed(), _nodes(plan))
         console.print(plan.text(outlook))
         result(**outlook)
         return 0
-    except KeyboardInterrupt:
-        print(f"interrupted; {kept}", file=sys.stderr)
-        return 130
+    kept = "finished trials are kept, the same command resumes"
+    try:
+        status = execute(plan)
+    except KeyboardInterrupt as error:
+        error.add_note(kept)
+        raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; {kept}", file=sys.stderr)
+        tell(f"error: {reason(error)}; {kept}")
         return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if options.bags and status == 0:
+        write_whole(options.bags, to_json([str(bag) for bag in plan.run.bags()]))
+    return status
 
 
 if __name__ == "__main__":

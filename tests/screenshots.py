@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 
 REPORT, DOCS = ROOT / "artifacts" / "report", ROOT / "docs"
@@ -74,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         raise SpecError(f"{missing[0]}: no such file; make fig9a fig9b verify report makes it")
     for name in FIGURES:
-        shutil.copyfile(REPORT / f"{name}.png", DOCS / f"{name}.png")
-    found = []
+        write_whole(DOCS / f"{name}.png", (REPORT / f"{name}.png").read_bytes())
+    found: list[str] = []
     for name, size in SCREENS.items():
-        found += screenshot(page, DOCS / f"{name}.png", size)
+        write_whole(DOCS / f"{name}.png", lambda part, size=size: found.extend(screenshot(page, part, size)))
     found += overflow(page, SCREENS["report-phone"][0])
     pictures = [DOCS / f"{name}.png" for name in (*FIGURES, *SCREENS)]
     console.print("\n".join(found) or "the report page writes nothing to the browser's console and asks for nothing")

@@ -23,7 +23,7 @@ import psutil
 from analysis.judge import integrity
 from experiments.records.provenance import ROOT, sha256
 from experiments.records.store import trial_is_whole
-from experiments.records.terminal import arguments, console, parse, result, took
+from experiments.records.terminal import arguments, command, console, parse, result, took
 
 SPAN_S = 25.0  # a kill comes so long after the last one at most; a whole run takes about as long
 PATIENCE_S = 300.0  # a driver that is still there so long after the last kill hangs
@@ -92,9 +92,9 @@ def life(home: Path, out: Path, order: random.Random, kills: int) -> Counter[str
     """One driver from start to end, with at most so many kills; returns whom they hit."""
     hit: Counter[str] = Counter()
     environment = {**os.environ, "TMPDIR": str(home)}
-    command = [sys.executable, "-m", "experiments.run", "smoke", "--testbed", "cpu", "--out", str(out)]
+    run = [sys.executable, "-m", "experiments.run", "smoke", "--testbed", "cpu", "--out", str(out)]
     with (home / "log").open("a") as log:
-        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        driver = subprocess.Popen(run, cwd=ROOT, env=environment, stdout=log, stderr=log)
     while driver.poll() is None:
         try:
             driver.wait(order.uniform(0.0, SPAN_S) if hit.total() < kills else PATIENCE_S)
@@ -140,6 +140,7 @@ def torture(kills: int, seed: int) -> Counter[str]:
     return hit
 
 
+@command
 def main() -> int:
     """Exit status 0 if nothing that must not happen happened, else 1."""
     parser = arguments("tests.torture", __doc__)

@@ -16,7 +16,7 @@ from analysis.judge.load import REFERENCE
 from analysis.show.plots import save
 from analysis.show.plots_capacity import capacity_figure
 from experiments.records.errors import SpecError
-from experiments.records.store import to_json
+from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec
@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"SIMULATED: capacity on {testbed.title}, median scheduling delay at most {paper.delay_p50:g} s; trace {trace.name}"
     drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), path)
     files = [Path(f"{path}.csv"), Path(f"{path}.json"), *drawn]
-    table.to_csv(files[0], index=False)
-    files[1].write_text(to_json({"format": 1, "source": paper.source, "answers": answers}))
+    write_whole(files[0], table.to_csv(index=False))
+    write_whole(files[1], to_json({"format": 1, "source": paper.source, "answers": answers}))
     console.print(written(*files))
     result(answers=answers, files=files)
     return 0

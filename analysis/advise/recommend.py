@@ -27,7 +27,7 @@ from experiments.records import terminal
 from experiments.records.errors import SpecError
 from experiments.records.metrics import NAMES
 from experiments.records.provenance import gpus
-from experiments.records.store import to_json
+from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.cost_model import load_calibration
 from experiments.simulator.estimate import calibration_here
@@ -37,6 +37,7 @@ from experiments.spec.workload import Trace, check_requests, choose_trace, descr
 
 SEEDS = 4
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
+MOST = 1e6  # seconds, requests per second: what a figure may say, too
 CONFIRM_AT = 0.9  # of the simulated capacity: at the capacity itself a coin would decide
 
 
@@ -57,9 +58,9 @@ def positive(name: str, text: str | None) -> float | None:
     if not text:
         return None
     with suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) <= MOST:
             return float(text)
-    raise SpecError(f"{name}: got {text!r}; allowed: a number above 0")
+    raise SpecError(f"{name}: got {text!r}; allowed: a number above 0, at most {MOST:g}")
 
 
 def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> Case:
@@ -74,6 +75,11 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     if model not in sessions:
         raise SpecError(f"MODEL: got {model!r}; allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}")
     check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
+    if (longest := int(trace.output.max())) <= testbed.scale:
+        came = (
+            f"at most {longest} output token{'s'[: longest > 1]} of a request, {-(-longest // testbed.scale)} on this testbed"
+        )
+        raise SpecError(f"TRACE: {trace.name}: got {came}; allowed: some with two there, or there is no time between tokens")
     settings = sessions[model].engine
     here = calibration_here(testbed.testbed, settings)
     if here is None and settings.calibration is None and make:
@@ -216,7 +222,7 @@ def draw(case: Case, search: Search, advice: Advice, where: str, path: Path) -> 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input or targets that cannot be kept."""
-    parser = arguments("analysis.advise.recommend", __doc__, "testbed", "trace", "runs", "report")
+    parser = arguments("analysis.advise.recommend", __doc__, "testbed", "trace", "out", "report")
     parser.add_argument("--model", default="", help="as Figure 9b names it")
     parser.add_argument("--tbt", help="target for P99 TBT, seconds")
     parser.add_argument("--ttft", help="target for P50 TTFT, seconds")
@@ -226,13 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = positive("QPS", options.qps)
     if not (tbt or ttft or rate):
         raise SpecError("TBT_P99, TTFT_P50, QPS: got none; at least one is needed, such as TBT_P99=0.1")
-    testbed, reason = choose_testbed(options.testbed, options.runs)
+    testbed, reason = choose_testbed(options.testbed, options.out)
     console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
     trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
     divided = f"; lengths divided by {testbed.scale} here" if testbed.scale > 1 else ""
     console.print(f"{describe_trace(trace)}{divided}")
     simulated = testbed.platform == "simulated"
-    missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.runs, gpus())
+    missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
     case = case_of(testbed, options.model, trace, make=not missing)
     limits, search = Latency(tbt or math.inf, ttft or math.inf, DELAY_LIMIT_S / testbed.scale), case.search()
     advice = advise_rate(case, search, limits, rate) if rate else advise(case, search, limits)
@@ -250,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answer = {"format": 1, "testbed": testbed.testbed, **facts(case, advice), "vllm_serve": serve_arguments(case, final)}
     answer |= {"recommended": asdict(final), "measured": [asdict(entry, dict_factory=finite) for entry in measured]}
     files = [Path(f"{path}.json"), picture]
-    files[0].write_text(to_json(answer))
+    write_whole(files[0], to_json(answer))
     console.print(written(*files))
     result(**answer, files=files)
     return 0

@@ -24,6 +24,7 @@ from experiments.records.errors import SpecError
 from experiments.records.metrics import NAMES
 from experiments.records.provenance import machine
 from experiments.records.record import STEP_COLUMNS, Phase, Record, Request
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.cost_model import Calibration, CostModel, load_calibration
 from experiments.simulator.estimate import calibration_here
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = options.report / f"validate-{testbed.testbed}"
     drawn = save(validation_figure(table, testbed.title), target)
     files = [Path(f"{target}.csv"), *drawn]
-    table.to_csv(files[0], index=False)
+    write_whole(files[0], table.to_csv(index=False))
     judged = judge(table)
     for sentence, met in judged:
         console.print(f"{'met   ' if met else 'MISSED'}  {sentence}")

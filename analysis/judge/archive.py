@@ -17,7 +17,8 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -25,7 +26,7 @@ from analysis.judge import integrity
 from analysis.judge.load import REFERENCE, find_runs
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
-from experiments.records.store import MANIFEST
+from experiments.records.store import MANIFEST, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 
 MOST_BYTES = 2 * 2**30  # of all files together; a finished fig9a and fig9b are 4 MB, simulated ones 75 MB
@@ -160,15 +161,17 @@ def package(runs: Path, report: Path, target: Path) -> list[str]:
     files |= {name: ROOT / name for name in ("README.md", "LICENSE", "CITATION.cff")}
     whole = {name: path.read_bytes() for name, path in sorted(files.items()) if path.is_file() and not path.is_symlink()}
     manifest = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in whole.items())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:  # compressors differ by version; Parquet is compressed
-        for name, data in {MANIFEST: manifest.encode(), **whole}.items():
+    contents = {MANIFEST: manifest.encode(), **whole}
+    write_whole(target, partial(_zip, contents))
+    return list(contents)
+
+
+def _zip(contents: Mapping[str, bytes], target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # compressors differ by version; Parquet is compressed
+        for name, data in contents.items():
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
             archive.writestr(entry, data)
-    temporary.replace(target)
-    return [MANIFEST, *whole]
 
 
 @command

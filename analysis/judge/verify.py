@@ -182,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = options.report
     if options.bag and report == parser.get_default("report"):
         report /= re.sub(r"[^A-Za-z0-9-]", "_", options.bag.name)
-    report.mkdir(parents=True, exist_ok=True)
     write_whole(report / "verdict.json", to_json(found))
     show(found)
     for line in [] if options.bag else unfinished(options.runs):

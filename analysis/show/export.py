@@ -22,7 +22,7 @@ from experiments.records.errors import SpecError
 from experiments.records.metrics import duration, of_phase, point_phase
 from experiments.records.provenance import ROOT
 from experiments.records.record import Record
-from experiments.records.store import read_trial, to_json, trial_is_whole
+from experiments.records.store import read_trial, to_json, trial_is_whole, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 
 
@@ -106,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts, record = read_trial(options.trial)
     name = "-".join(str(facts[key]) for key in ("figure", "testbed", "session", "trial"))
     target = options.out or ROOT / "artifacts" / "report" / f"{name}.json"
-    exported = to_json(bench_result(facts, record))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(exported)
+    write_whole(target, to_json(bench_result(facts, record)))
     console.print(f"exported to {target}")
     result(exported=target, trial=options.trial)
     return 0

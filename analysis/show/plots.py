@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from analysis.judge.load import Run, chunk_order, prefill_replicates, prefill_times, published_prefill
 from analysis.judge.stats import sample
+from experiments.records.store import write_whole
 
 # Okabe and Ito's colour-blind safe palette, from dark to light as the chunk size grows: CIE L* 0, 46, 71, 90, so that grey
 # print keeps the order. Every figure takes its colours from here. Unchunked has none: it is the line at 1.
@@ -173,15 +175,13 @@ def _prefill_panel(axes: Axes, rows: pd.DataFrame, hatched: bool) -> None:
 @styled
 def save(figure: Figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
     """Write PATH.png (300 dpi) and PATH.svg, each whole or not at all; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, dict[str, Any]] = {
         "png": {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}},
         "svg": {"metadata": {"Date": None, "Creator": None}},
     }
     targets = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
     for suffix, target in zip(formats, targets, strict=True):
-        part = target.with_name(f".{target.name}.part")
-        figure.savefig(part, format=suffix, dpi=300, **options[suffix])  # dpi in an SVG: of what is rasterized in it
-        part.replace(target)
+        # dpi in an SVG: of what is rasterized in it
+        write_whole(target, partial(figure.savefig, format=suffix, dpi=300, **options[suffix]))
         figure.set_layout_engine("none")  # laid out once: it takes as long as drawing
     return targets

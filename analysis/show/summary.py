@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from glob import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,8 +23,11 @@ from analysis.judge.load import (
 )
 from analysis.show.published import against_published, published_lines
 from experiments.records import terminal
+from experiments.records.errors import SpecError
 from experiments.records.metrics import time_unit
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.spec.spec import load_testbed
 
 
 def prefill_table(run: Run) -> pd.DataFrame:
@@ -158,20 +163,29 @@ def show_serving(run: Run, table: pd.DataFrame) -> None:
 TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
 
 
+def _bags(runs: Path, figure: str, testbed: str, named: Path | None) -> list[Path]:
+    if named:
+        return [Path(bag) for bag in json.loads(named.read_text())]
+    name = load_testbed(testbed).testbed if testbed.endswith(".yaml") else testbed
+    found = list(runs.glob(f"{escape(figure)}-{'*' if name == 'auto' else escape(name)}/bag-*"))
+    if not found:
+        raise SpecError(f"OUT: {runs}: no finished {figure} on testbed {name}; make {figure} TESTBED={testbed} makes one")
+    return found
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 if there is no finished run."""
     parser = arguments("analysis.show.summary", __doc__, "runs", "report")
     parser.add_argument("figure", help="a figure's name")
-    parser.add_argument("--testbed", default="auto", help="auto: the testbed of the newest run")
+    parser.add_argument("--testbed", default="auto", help="a name, or a YAML file; auto: the testbed of the newest run")
+    parser.add_argument("--bags", type=Path, help="the file in which experiments.run named them, in place of the options above")
     options = parse(parser, argv)
-    pattern = "*" if options.testbed == "auto" else options.testbed
-    run = load_run(list(options.runs.glob(f"{options.figure}-{pattern}/bag-*")))
+    run = load_run(_bags(options.runs, options.figure, options.testbed, options.bags))
     make_table, show = TABLES[run.kind]
     table = make_table(run)
-    options.report.mkdir(parents=True, exist_ok=True)
     target = options.report / f"{run.figure}-{run.testbed}.csv"
-    table.to_csv(target, index=False)
+    write_whole(target, table.to_csv(index=False))
     show(run, table)
     for told in cut_short(run):
         console.print(f"* {told}; in no median of Figure 9b" if run.kind == "serving" else told)

@@ -20,6 +20,7 @@ from experiments.calibrate.published import END_TO_END, with_errors, write
 from experiments.records.errors import SpecError
 from experiments.records.metrics import serving_metrics
 from experiments.records.record import Phase, Request
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.cost_model import CALIBRATIONS, Calibration, CostModel, Jitter, load_calibration
 from experiments.simulator.simulator import SimulatedEngine
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     found = {name: entry for machine in MACHINES for name, entry in end_to_end(machine, trace).items()}
     text = yaml.safe_dump(found, sort_keys=False, width=150, default_flow_style=None)
-    END_TO_END.write_text(NOTICE + text, encoding="utf-8")
+    write_whole(END_TO_END, NOTICE + text)
     for name, entry in found.items():
         write(with_errors(load_calibration(name)), CALIBRATIONS / f"{name}.yaml")
         console.print(f"{name}: off by {', '.join(f'{what} {error:.1%}' for what, error in entry['errors'].items())}")

@@ -120,7 +120,6 @@ def _measured(settings: EngineSettings, decoding: int, name: str) -> Calibration
 def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE) -> Path:
     """Calibrate a model on this machine's engine and store the calibration; where it lies. Raises SpecError."""
     fitted = _measured(settings, decoding, name := f"{testbed}-{settings.model}")
-    folder.mkdir(parents=True, exist_ok=True)
     write(fitted, path := folder / f"{name}.yaml")
     return path
 

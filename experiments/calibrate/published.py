@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from scipy.optimize import nnls
 
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator import cost_model
 from experiments.simulator.cost_model import (
@@ -188,7 +189,7 @@ def write(calibration: Calibration, path: Path) -> None:
     texts = {key: data.pop(key) for key in ("sources", "fixed_by")}
     parts = [yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)]  # short lists on one line
     parts.append(yaml.safe_dump(texts, sort_keys=False, width=120, default_flow_style=False))  # sentences one by one
-    path.write_text("# Written by experiments/calibrate; see docs/simulator.md.\n" + "".join(parts), encoding="utf-8")
+    write_whole(path, "# Written by experiments/calibrate; see docs/simulator.md.\n" + "".join(parts))
 
 
 def store(*calibrations: Calibration) -> dict[str, float]:

@@ -22,6 +22,7 @@ from scipy.optimize import nnls
 
 from experiments.calibrate.published import LONGEST_PROFILE, fit_error, published_jitter, rounded_profile, store
 from experiments.records.errors import SpecError
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, parse, result
 from experiments.simulator import cost_model
 from experiments.simulator.cost_model import Calibration, CostModel, Floats, Jitter, Profile
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = cost_model.CALIBRATIONS
     source = f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{SYSTEM}: {ENGINE} {ENGINE_VERSION}"
     published = {"source": source, "models": {model: read_tables(model, tp) for model, (tp, *_) in FITTED.items()}}
-    (folder / ROWS).write_text(NOTICE + yaml.safe_dump(published, sort_keys=False, width=124, default_flow_style=None))
+    write_whole(folder / ROWS, NOTICE + yaml.safe_dump(published, sort_keys=False, width=124, default_flow_style=None))
     published = read_yaml(folder / ROWS)
     result(held_out=store(*calibrations(published, published_jitter(read_yaml(folder / "published" / "a100-2024.yaml")))))
     return 0

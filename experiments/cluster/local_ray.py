@@ -25,7 +25,7 @@ import psutil
 from experiments.machine import gpus
 from experiments.records.errors import SpecError
 from experiments.records.provenance import PACKAGE
-from experiments.records.terminal import arguments, console, parse, result
+from experiments.records.terminal import arguments, command, console, parse, result
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -212,7 +212,8 @@ def _ray_start(*where: str) -> list[str]:
     return [ray, "start", *where, *own, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Become the node. A head without RAY_AUTH_TOKEN makes one: whoever reaches a Ray cluster without may run what he likes."""
     parse(arguments("experiments.cluster.local_ray", "Make this machine a node of a Ray cluster, until interrupted."), argv)
     os.environ.update(QUIET)
@@ -230,9 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.flush()
     if console.quiet:  # what Ray prints, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    command = node_command(address)
-    os.execv(command[0], command)
+    words = node_command(address)
+    os.execv(words[0], words)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.machine.gpus import PAIR, resources
 from experiments.records.errors import SpecError
 from experiments.records.provenance import gpus, machine
-from experiments.records.terminal import arguments, console, parse, result
+from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.spec.spec import TESTBEDS, Testbed, load_testbed
 
 PREFERENCE = ("a100", "gpu-24g", "cpu")  # auto: the paper's machine, a smaller GPU's, any machine
@@ -119,6 +119,7 @@ def inside(testbed: Testbed, reason: str, out: Path, devices: Sequence[str]) -> 
     return found
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 if the testbed can be run in this container, else 1 and a line for each reason."""
     parser = arguments("experiments.machine.doctor", __doc__)

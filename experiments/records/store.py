@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,22 @@ def to_json(data: object) -> str:
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, its folder too: text, bytes, or what a function writes to the path that it is given.
+
+    Raises OSError that names the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}-", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            if callable(content):
+                content(whole)
+            else:
+                whole.write_bytes(content.encode() if isinstance(content, str) else content)
+            whole.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _sync(path: Path) -> None:

@@ -6,13 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import json
+import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from rich import box
 from rich.console import Console
@@ -22,23 +28,58 @@ from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
 
 P = ParamSpec("P")
+
+
+class _Console(Console):
+    def print(self, *objects: Any, **how: Any) -> None:
+        with _aloud():
+            super().print(*objects, **how)
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: what a command does is not undone by a reader who has gone."""
+        _unheard()
+
+
 # Colour only where standard output is a terminal; what is printed may come from anywhere, so nothing in it is markup.
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 _wanted = argparse.Namespace(json=False)
 BEGAN = time.monotonic() - time.process_time()  # until here it has done nothing but import
 
+
+def _given(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("got nothing")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text)).expanduser()
+
+
 OPTIONS = {
-    "testbed": {"default": "auto", "help": "a testbed's name or YAML file; auto: the best that this machine can run"},
+    "testbed": {
+        "type": _given,
+        "default": "auto",
+        "help": "a testbed's name or YAML file; auto: the best that this machine can run",
+    },
     "trace": {"help": "CSV of request lengths, or a .json of vllm bench serve --save-detailed"},
-    "out": {"type": Path, "default": ROOT / "artifacts" / "runs", "help": "where runs are written"},
-    "runs": {"type": Path, "default": ROOT / "artifacts" / "runs", "help": "where runs are"},
-    "report": {"type": Path, "default": ROOT / "artifacts" / "report", "help": "where results are written"},
+    "out": {"type": _path, "default": ROOT / "artifacts" / "runs", "help": "where runs are written"},
+    "runs": {"type": _path, "default": ROOT / "artifacts" / "runs", "help": "where runs are"},
+    "report": {"type": _path, "default": ROOT / "artifacts" / "report", "help": "where results are written"},
 }
+VARIABLES = {"runs": "OUT", "tbt": "TBT_P99", "ttft": "TTFT_P50"}  # of make, where it is not the option in capitals
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises SpecError, which names the variable of make."""
+        named = re.compile(r"^argument (?:--)?(\w+)")
+        raise SpecError(named.sub(lambda found: VARIABLES.get(found[1], found[1].upper()), message))
 
 
 def arguments(module: str, about: str | None, *options: str) -> argparse.ArgumentParser:
     """The parser of `python -m module`, with these of OPTIONS, --quiet and --json; about: the module's docstring."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(about or "").split("\n")[0])
+    parser = _Parser(prog=f"python -m {module}", description=(about or "").split("\n")[0])
     for name in options:
         parser.add_argument(f"--{name}", **OPTIONS[name])  # type: ignore[arg-type]
     parser.add_argument("--quiet", action="store_true", help="print errors only")
@@ -47,8 +88,11 @@ def arguments(module: str, about: str | None, *options: str) -> argparse.Argumen
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, --quiet and --json obeyed from here on."""
+    """The options given, --quiet and --json obeyed from here on. Raises SpecError, also where there is no folder of runs."""
     options = parser.parse_args(argv)
+    runs = getattr(options, "runs", None)
+    if runs and not runs.is_dir() and not getattr(options, "bag", None):
+        raise SpecError(f"OUT: got {runs}; no such folder; make fig9a makes a first run in it")
     console.quiet, _wanted.json = options.quiet or options.json, options.json
     return options
 
@@ -56,7 +100,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def result(**facts: object) -> None:
     """What the command found or made, printed if --json asks for it."""
     if _wanted.json:
-        print(json.dumps(facts, sort_keys=True, default=str))
+        with _aloud():
+            print(json.dumps(facts, sort_keys=True, default=str))
 
 
 def table(*names: str) -> Table:
@@ -78,16 +123,75 @@ def written(*paths: Path) -> str:
     return f"{', '.join(map(str, paths))}: {told}, in {took()}"
 
 
+def tell(line: str) -> None:
+    """One line on standard error, heard or not."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _unheard() -> None:
+    """Nobody reads standard output, or it takes no more: what is said from here on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+@contextmanager
+def _aloud() -> Iterator[None]:
+    """Raises OSError that names standard output if that takes no more, as on a full disk; a reader who has gone is no error."""
+    try:
+        yield
+    except OSError as error:
+        _unheard()
+        if error.errno != errno.EPIPE:
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _flush() -> None:
+    """Have everything said now: at the end of the process Python would tell of a failure in its own way."""
+    with _aloud():
+        if sys.stdout:  # None where it was closed from the beginning
+            sys.stdout.flush()
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, the file first, without the number that the system gives to it."""
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if named and isinstance(error, OSError) else str(error)
+
+
+def _interrupted(_signal: int, _frame: object) -> None:
+    """The first SIGINT or SIGTERM; a further one must not disturb what cleans up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: tell("stopping already, a few seconds more"))
+    raise KeyboardInterrupt
+
+
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's main in which a SpecError, or a file that cannot be read or written, is one line on standard error and
-    exit status 2."""
+    """A command's main, whose last words are one line on standard error, notes of the exception included.
+
+    Exit status 2 for a SpecError, or a file that cannot be read or written; 130 for SIGINT and SIGTERM; 3, with a traceback,
+    for a defect of ours. A closed standard output changes neither what is done nor the exit status.
+    """
 
     @functools.wraps(main)
     def checked(*values: P.args, **keywords: P.kwargs) -> int:
+        before = {number: signal.signal(number, _interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return main(*values, **keywords)
-        except (SpecError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            status = main(*values, **keywords)
+            _flush()
+            return status
+        except (KeyboardInterrupt, SpecError, OSError) as error:
+            words = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason(error)}"
+            tell("; ".join((words, *getattr(error, "__notes__", ()))))
+            return 130 if isinstance(error, KeyboardInterrupt) else 2
+        except Exception:
+            traceback.print_exc()
+            return 3
+        finally:
+            with suppress(OSError):
+                _flush()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return checked

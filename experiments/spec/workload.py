@@ -14,7 +14,6 @@ import math
 import random
 import re
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 from experiments.records.errors import SpecError
 from experiments.records.provenance import PACKAGE
 from experiments.records.record import Request
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.spec.spec import STRICT, read_spec
 
@@ -232,13 +232,7 @@ def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:
     digest = sha256(data).hexdigest()
     if digest != source.sha256:
         raise SpecError(f"{source.url}: got sha256 {digest} of {len(data)} bytes; allowed: {source.sha256} of {source.bytes}")
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            part = Path(folder) / target.name
-            part.write_bytes(data)
-            part.replace(target)
-    except OSError as error:
-        raise SpecError(f"{target}: cannot be written: {error.strerror}") from None
+    write_whole(target, data)
 
 
 def serving_requests(trace: Trace, qps: float, count: int, seed: int, max_total: int, scale: int = 1) -> tuple[Request, ...]:

@@ -50,7 +50,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(report: Path, trace: Path, *arguments: str, model: str = "mistral-7b") -> int:
-    where = ["--testbed", "a100-sim", "--trace", str(trace), "--report", str(report), "--runs", str(report)]
+    where = ["--testbed", "a100-sim", "--trace", str(trace), "--report", str(report), "--out", str(report)]
     return recommend.main([*where, "--model", model, *arguments])
 
 
@@ -103,6 +103,21 @@ def test_one_line_for_what_is_wrong(
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("testbed", ["a100-sim", "cpu"])
+def test_a_trace_of_one_token_outputs_is_refused_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], testbed: str
+) -> None:
+    output = load_testbed(testbed).scale
+    short = tmp_path / "short.csv"
+    short.write_text("num_prefill_tokens,num_decode_tokens\n" + f"100,{output}\n" * 40)
+    report = tmp_path / "report"
+    where = ["--testbed", testbed, "--out", str(tmp_path), "--report", str(report), "--trace", str(short)]
+    assert recommend.main([*where, "--model", "mistral-7b", "--tbt", "0.1"]) == 2
+    came = f"at most {output} output token{'s'[: output > 1]} of a request, 1 on this testbed"
+    assert f"error: TRACE: short.csv: got {came}; allowed: some with two there" in capsys.readouterr().err
+    assert not report.exists()
 
 
 def test_a_trace_of_one_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,7 +340,7 @@ def test_advice_is_checked_on_the_engine(
     paper = load_testbed("a100-2024-sim").calibrations  # three targets that 48 requests tell apart
     switching = dataclasses.replace(load_testbed("a100"), switch_chunk_size=True, calibrations=paper)
     monkeypatch.setattr(check_advice, "choose_testbed", lambda *_: (switching, ""))
-    where = ["--trace", str(trace), "--report", str(tmp_path), "--runs", str(tmp_path), "--seeds", "1"]
+    where = ["--trace", str(trace), "--report", str(tmp_path), "--out", str(tmp_path), "--seeds", "1"]
     assert check_advice.main([*where, option]) in (0, 1)
     told = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["good"] for line in told] == [[True] * 3] * lines

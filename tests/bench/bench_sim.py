@@ -49,9 +49,7 @@ def simulate(trace: Trace, requests: int | None) -> tuple[int, float, float]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print time and memory beside their targets; 1 if one is missed."""
-    parser = arguments("tests.bench.bench_sim", __doc__)
-    parser.add_argument("trace", nargs="?", help="as for fig9b")
-    trace = choose_trace(parse(parser, argv).trace)
+    trace = choose_trace(parse(arguments("tests.bench.bench_sim", __doc__, "trace"), argv).trace)
     (limit_s, limit_mb), long = FIGURE_TARGET, f"simulator, one trial of {LONG_REQUESTS:,} requests"
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         trials, seconds, peak = pool.apply(simulate, (trace, None))

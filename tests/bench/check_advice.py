@@ -24,6 +24,7 @@ from experiments.calibrate.here import calibrate, settings_of
 from experiments.cluster.trials import Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed
 from experiments.records.errors import SpecError
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, took
 from experiments.spec.spec import Testbed, load_figure
 from experiments.spec.workload import choose_trace, describe_trace
@@ -77,11 +78,11 @@ def exhaustive(
 ) -> pd.DataFrame:
     """The search on the engine: what measure returns, of all seeds; a seed measured before is read from its CSV."""
     tables = []
-    options.report.mkdir(parents=True, exist_ok=True)
     for seed in case.seeds[: options.seeds]:
         path = options.report / f"check-advice-{testbed.testbed}-seed{seed}.csv"
         if not path.is_file():
-            measure(case, testbed, settings, [top * rate for rate in RATES], seed).to_csv(path, index=False)
+            table = measure(case, testbed, settings, [top * rate for rate in RATES], seed)
+            write_whole(path, table.to_csv(index=False))
         tables.append(pd.read_csv(path))
     table = pd.concat(tables)
     if lacking := sorted({setting.budget for setting in settings} - {*table["budget"]}):
@@ -111,11 +112,11 @@ def judge(case: Case, testbed: Testbed, advice: Advice, table: pd.DataFrame) -> 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 if a target is missed, 2 for bad input."""
-    parser = arguments("tests.bench.check_advice", __doc__, "testbed", "trace", "runs", "report")
+    parser = arguments("tests.bench.check_advice", __doc__, "testbed", "trace", "out", "report")
     parser.add_argument("--model", default="mistral-7b")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parse(parser, argv)
-    testbed, _ = choose_testbed(options.testbed, options.runs)
+    testbed, _ = choose_testbed(options.testbed, options.out)
     if testbed.platform == "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
     trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)

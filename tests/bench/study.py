@@ -19,6 +19,7 @@ import pandas as pd
 from analysis.judge.claims import Claim, load_claims, published_ratio, rule
 from analysis.judge.stats import LEVELS, MOST_REPLICATES, Array, Sample, replicates_needed
 from experiments.records.provenance import ROOT
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 
 DOCS = ROOT / "docs" / "verdicts.md"
@@ -239,9 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = describe(table, cells(count, seed, UNPROTECTED, ["ordering"]), count, seed)
     console.print(text)
     before, _, rest = options.docs.read_text().partition(BEGIN)
-    options.docs.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    write_whole(options.docs, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
     if options.csv:
-        table.to_csv(options.csv, index=False)
+        write_whole(options.csv, table.to_csv(index=False))
     failures = broken(table, count)
     console.print("\n".join(failures) or "every cell keeps its limit")
     console.print(f"tables written to {written(options.docs)}")

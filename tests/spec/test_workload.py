@@ -366,9 +366,11 @@ def test_a_refused_connection_and_a_strange_url_are_told(tmp_path: Path, monkeyp
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, url: str) -> None:
-    with pytest.raises(SpecError) as error:
-        workload.fetch_trace(source_yaml(tmp_path, f"{url}/trace.csv"), tmp_path / "nowhere" / "trace.csv")
-    one_line(error, "nowhere", "cannot be written", "No such file")
+    (tmp_path / "nowhere").write_text("")
+    target = tmp_path / "nowhere" / "trace.csv"
+    with pytest.raises(OSError, match="File exists") as error:
+        workload.fetch_trace(source_yaml(tmp_path, f"{url}/trace.csv"), target)
+    assert error.value.filename == str(target)
 
 
 def test_the_users_file_comes_first_then_the_fetched_then_the_synthetic(

@@ -1,0 +1,323 @@
+"""make's variables: whatever they hold, nothing is run or removed that should not be, and what is wrong is one line.
+
+The Makefile and its scripts are run for real in a folder of their own, where Python, docker and the other tools are stand-ins
+that note how they were called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from experiments.records.provenance import ROOT
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = re.findall(r"^\.PHONY: ([a-z0-9-]+)$", MAKEFILE, re.M)
+KNOWN = re.findall(r"^([A-Z0-9_]+) \?=", MAKEFILE, re.M)
+FIXED = {"TARGET", "DOCKER", "IN", "QUIET", "JSON", "ALL"}
+FREE = [name for name in KNOWN if name not in {*FIXED, "PYTHON"}]  # PYTHON is a command, as it should be
+ON_THE_HOST = re.findall(r"[a-z-]+", re.search(r"^ifneq \(\$\(filter ([a-z -]+),\$\(MAKECMDGOALS", MAKEFILE, re.M)[1])  # type: ignore[index]
+OPTIONS = {  # what must reach Python as it was given: variable -> target -> how the argument begins
+    "OUT": {"fig9a": "--out=", "report": "--runs=", "recommend": "--out=", "package": "--runs="},
+    "TESTBED": {"fig9b": "--testbed=", "calibrate": "--testbed=", "recommend": "--testbed=", "validate": "--testbed="},
+    "TRACE": {"fig9b": "--trace=", "capacity": "--trace=", "recommend": "--trace=", "bench": "--trace="},
+    "REPLICATES": {"fig9a": "--replicates="},
+    "MODEL": {"recommend": "--model=", "check-advice": "--model="},
+    "TBT_P99": {"recommend": "--tbt="},
+    "TTFT_P50": {"recommend": "--ttft="},
+    "QPS": {"recommend": "--qps="},
+    "FIGURE": {"plan": ""},
+    "TRIAL": {"export": ""},
+    "BAG": {"verify": "--bag="},
+    "KILLS": {"torture": "--kills="},
+}
+HOSTILE = [
+    "'; touch pwned; '",
+    '"; touch pwned; "',
+    "$(touch pwned)",
+    "$(shell touch pwned)",
+    "${TESTBED}$x$$",
+    "`touch pwned`",
+    "x; touch pwned # &",
+    "my runs",
+    "ein öde Läufe 雪",
+    "-rf",
+    "--help",
+    "* ? [a-z]* {a,b}",
+    "a\\ b\\",
+    "~",
+    'a,b="c"',
+]
+STUB = """#!/bin/bash
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n'; } >>"$CALLS"
+case "$*" in "info --format"*) echo /;; "image inspect"*) echo sha256:1234;; version*) echo 20.10;; esac
+"""
+
+
+class Checkout:
+    """A checkout in which nothing is real but make, its shell and the scripts of docker/."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls_file = folder / "checkout", folder / "calls"
+        shutil.copytree(ROOT / "docker", self.folder / "docker")
+        shutil.copytree(ROOT / "experiments" / "spec" / "testbeds", self.folder / "experiments" / "spec" / "testbeds")
+        for name in ("Makefile", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.folder)
+        (self.folder / "artifacts" / "reference").mkdir(parents=True)
+        stubs = [self.folder / ".venv" / "bin" / name for name in ("python", "mbake", "shellcheck", "hadolint", "uv")]
+        stubs.append(self.folder / ".venv-tables" / "bin" / "python")
+        self.bin = folder / "bin"
+        for stub in (*stubs, self.bin / "docker", self.bin / "git"):
+            stub.parent.mkdir(parents=True, exist_ok=True)
+            stub.write_text(STUB)
+            stub.chmod(0o755)
+        self.home = folder / "home"
+        self.home.mkdir()
+
+    def make(self, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        self.calls_file.unlink(missing_ok=True)
+        path = f"{self.bin}:{os.environ['PATH']}"
+        env = {"PATH": path, "HOME": str(self.home), "CALLS": str(self.calls_file), **(environment or {})}
+        return subprocess.run(["make", *words], cwd=self.folder, env=env, capture_output=True, text=True, check=False)
+
+    def calls(self) -> list[list[str]]:
+        """Name and arguments of every stand-in that was called."""
+        lines = self.calls_file.read_text().split("\0\n") if self.calls_file.exists() else []
+        return [line.split("\0") for line in lines[:-1]]
+
+    def files(self) -> set[str]:
+        return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def given(value: str) -> list[str]:
+    """All variables that may hold any text, at once."""
+    return [f"{name}={value}" for name in FREE]
+
+
+def assert_unharmed(checkout: Checkout, before: set[str], value: str) -> None:
+    """No command ran but those of the recipes, and nothing was made or removed but stamps and outputs."""
+    known = {"python", "mbake", "shellcheck", "hadolint", "uv", "docker", "git"}
+    assert {call[0] for call in checkout.calls()} <= known
+    after = checkout.files()
+    assert "pwned" not in after
+    allowed = ("artifacts", ".image", ".venv", ".setup.lock", "docker/", value)
+    assert {name for name in after - before if not name.startswith(allowed)} == set()
+    assert before <= after | {name for name in before if name.startswith((".venv", ".image"))}
+    assert not list(checkout.home.iterdir())
+
+
+def arrived(checkout: Checkout, start: str, value: str) -> int:
+    """How many commands got this argument."""
+    return sum(f"{start}{value}" in call for call in checkout.calls())
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_value_is_ever_a_part_of_a_command(checkout: Checkout, value: str) -> None:
+    before = checkout.files()
+    for targets in (ON_THE_HOST, [target for target in TARGETS if target not in ON_THE_HOST]):
+        listed = checkout.make("-n", *targets, *given(value)).stdout
+        assert "pwned" not in listed
+        said = checkout.make("-k", *targets, *given(value)).stderr
+        assert_unharmed(checkout, before, value)
+        wanted = [(start, name) for name, of in OPTIONS.items() for target, start in of.items() if target in targets]
+        for start, name in wanted:
+            assert arrived(checkout, start, value) >= wanted.count((start, name)), f"{name}: {said}"
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_the_same_from_the_environment_is_said(checkout: Checkout, value: str) -> None:
+    before = checkout.files()
+    done = checkout.make("recommend", environment=dict.fromkeys(FREE, value))
+    assert_unharmed(checkout, before, value)
+    assert all(arrived(checkout, wanted["recommend"], value) for wanted in OPTIONS.values() if "recommend" in wanted)
+    said = [line for line in done.stderr.splitlines() if "taken from the environment" in line]
+    assert {line.split(": ")[1] for line in said} == set(FREE)
+    assert [line for line in said if not line.endswith(value)] == [line for line in said if "RAY_AUTH_TOKEN" in line]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) -> None:
+    names = ("TRACE", "BAG", "OUT", "TRIAL")
+    for name in ("TRACE", "BAG", "TRIAL"):
+        (checkout.folder / f"{name}{value}").write_text("")
+    before = checkout.files()
+    for target in ("image", "fig9b", "verify", "plan", "recommend", "export"):
+        paths = [f"{name}={name}{value}" for name in names]
+        done = checkout.make(target, "IN=docker", "TARGET=cpu", "TESTBED=cpu", "NETWORK=none", "USER_FLAGS=", *paths)
+        assert done.returncode == 0, done.stderr
+        assert_unharmed(checkout, before, f"OUT{value}")
+        for call in (call for call in checkout.calls() if call[:2] == ["docker", "run"]):
+            for name in names:
+                path = str(checkout.folder / f"{name}{value}").replace('"', '""')
+                mount = f'type=bind,"source={path}","target={path}"'
+                assert (mount if name == "OUT" else f"{mount},readonly") in call
+    assert checkout.make("-n", "clean").returncode == 0
+
+
+@pytest.mark.parametrize("target", ["fig9a", "clean", "lint"])
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        *((f"{name}=a\nb", f"{name}: got more than one line; allowed: one") for name in ("OUT", "TRACE", "PYTEST")),
+        *((f"{name}=", f"{name}: got nothing; without it the default holds") for name in ("OUT", "TESTBED", "FIGURE")),
+        ("OUT= ", "OUT: got nothing; without it the default holds"),
+        *(
+            (f"{name}={value}", f"{name}: got '{value}'; allowed: 1 yes")
+            for name in ("QUIET", "JSON", "ALL")
+            for value in ("2", "O")
+        ),
+        *((f"IN={value}", f"IN: got '{value}'; allowed: docker host") for value in ("dokcer", "", "docker host")),
+        *((f"TARGET={value}", f"TARGET: got '{value}'; allowed: cuda cpu") for value in ("gpu", "", "cpu; touch pwned")),
+        *((f"DOCKER={value}", f"DOCKER: got '{value}'; allowed: docker podman") for value in ("", "dokcer", "docker podman")),
+        ("TTFT_P99=1", "TTFT_P99: no variable of this Makefile; near it: TESTBED TRACE TBT_P99 TTFT_P50"),
+        ("CONCURRENCY=8", "CONCURRENCY: no variable of this Makefile; near it: TESTBED REPLICATES"),
+        ("a'b=$(shell touch pwned)", "a'b: no variable of this Makefile"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_is_run(checkout: Checkout, target: str, word: str, said: str) -> None:
+    before = checkout.files()
+    done = checkout.make(target, word)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"Makefile:\d+: \*\*\* {re.escape(said)}.*\.  Stop\.\n", done.stderr), done.stderr
+    assert done.stdout == ""
+    assert checkout.calls() == []
+    assert checkout.files() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "options"),
+    [
+        *((f"{name}={value}", set()) for name in ("QUIET", "JSON", "ALL") for value in ("0", "no", "false", "off", "")),
+        *((f"QUIET={value}", {"--quiet"}) for value in ("1", "yes", "true", "on")),
+        ("JSON=1", {"--json"}),
+        ("ALL=1", {"--all"}),
+    ],
+)
+def test_switches(checkout: Checkout, word: str, options: set[str]) -> None:
+    assert checkout.make("verify", word).returncode == 0
+    (call,) = (call for call in checkout.calls() if "analysis.judge.verify" in call)
+    assert set(call) & {"--quiet", "--json", "--all"} == options
+
+
+@pytest.mark.parametrize(
+    ("testbed", "engine"),
+    [
+        ("auto", "cpu"),
+        ("cpu", "cpu"),
+        ("a100-sim", "core"),
+        ("here/a100-sim.yaml", "core"),
+        ("my testbeds/mine.yaml", "core"),
+        ("my testbeds/real-sim.yaml", "cpu"),
+        ("no-such", "core"),
+    ],
+)
+def test_what_is_installed_goes_by_what_the_testbed_is(checkout: Checkout, testbed: str, engine: str) -> None:
+    own = ROOT / "experiments" / "spec" / "testbeds"
+    for path, text in (
+        ("here/a100-sim.yaml", (own / "a100-sim.yaml").read_text()),
+        ("my testbeds/mine.yaml", 'testbed: mine\nplatform: "simulated" # on a virtual clock\n'),
+        ("my testbeds/real-sim.yaml", (own / "cpu.yaml").read_text()),
+    ):
+        (checkout.folder / path).parent.mkdir(exist_ok=True)
+        (checkout.folder / path).write_text(text)
+    assert checkout.make("setup", f"TESTBED={testbed}").returncode == 0
+    assert (checkout.folder / ".venv" / f"{engine}.stamp").exists()
+    assert engine == "cpu" or not (checkout.folder / ".venv" / "cpu.stamp").exists()
+
+
+def test_the_bags_of_the_run_are_handed_to_its_table(checkout: Checkout) -> None:
+    for figure in ("smoke", "fig9a", "fig9b"):
+        assert checkout.make(figure).returncode == 0
+        run, table = (call for call in checkout.calls() if figure in call)
+        (ran,), (shown,) = ([word for word in call if word.startswith("--bags=")] for call in (run, table))
+        assert ran == shown
+        assert not list((checkout.folder / "artifacts" / "report").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        (["--testbed=cpu", "--out=my-sim-runs", "--", "fig9a"], True),
+        (["--testbed=auto", "--", "smoke"], True),
+        (["--testbed", "cpu", "mine.yaml"], True),
+        (["--testbed=a100-sim", "--", "fig9a"], False),
+        (["--testbed=here/mine.yaml", "--", "fig9b"], False),
+        (["--testbed=cpu", "--plan", "--", "fig9a"], False),
+        (["--testbed=here/mine.yaml", "doctor"], False),
+    ],
+)
+def test_the_image_starts_ray_for_a_measuring_run_only(checkout: Checkout, words: list[str], starts: bool) -> None:
+    mine = checkout.folder / "here" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("testbed: mine\nplatform: simulated\n")
+    for name in ("ray", "python"):
+        shutil.copy(checkout.bin / "docker", checkout.bin / name)
+    command = [checkout.folder / "docker" / "entrypoint.sh", "python", "-m", "experiments.run", *words]
+    env = {"PATH": f"{checkout.bin}:{os.environ['PATH']}", "CALLS": str(checkout.calls_file)}
+    subprocess.run(command, cwd=checkout.folder, env=env, check=True)
+    assert any(call[0] == "ray" for call in checkout.calls()) == starts
+    assert ["python", "-m", "experiments.run", *words] in checkout.calls()
+
+
+RUNS = {
+    "fig9a-cpu/open-0123abcd/trials/s/t/steps": False,
+    "fig9a-cpu/.seal-0123abcd/x": False,
+    "fig9a-cpu/bag-0123abcd-1/x": True,
+}
+OTHERS = {"my/fig9a-cpu/open-0123abcd/x": True, "runs/a/open-0123abcd/x": True, "home/open-source/x": True}
+
+
+@pytest.mark.parametrize("out", ["my runs", "öde 雪", "-rf", "-", "a'b", "*", "$(touch pwned)"])
+def test_clean_removes_unfinished_trials_of_its_folder_only(checkout: Checkout, out: str) -> None:
+    more = {"fig9a-cpu/open-source/x": True, "fig9a-cpu/deeper/open-0123abcd/x": True}
+    there = {f"{out}/{name}": stays for name, stays in (RUNS | more).items()} | OTHERS
+    for name in there:
+        (checkout.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout.folder / name).write_text("")
+    done = checkout.make("clean", f"OUT={out}")
+    assert done.returncode == 0, done.stderr
+    assert {name: (checkout.folder / name).exists() for name in there} == there
+    assert not (checkout.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("out", ["/", ".", "..", "", "~", "~/..", "x/../..", "link"])
+def test_clean_refuses_a_folder_that_holds_more_than_runs(checkout: Checkout, out: str) -> None:
+    (checkout.folder / "x").mkdir()
+    (checkout.folder / "link").symlink_to(checkout.home)
+    before = checkout.files()
+    done = checkout.make("clean", f"OUT={out.replace('~', str(checkout.home))}")
+    assert done.returncode == 2
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith(("error: OUT: got ", "Makefile:")), first
+    assert all(line.startswith("make: *** [") for line in rest)
+    assert checkout.files() == before
+
+
+def test_only_in_its_own_folder(checkout: Checkout) -> None:
+    (checkout.home / ".venv").mkdir()
+    done = subprocess.run(
+        ["make", "-f", checkout.folder / "Makefile", "clean"], cwd=checkout.home, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "make -C FOLDER" in done.stderr
+    assert (checkout.home / ".venv").exists()
+
+
+def test_what_the_documents_say_is_known() -> None:
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / ".ci" / "run", *ROOT.glob("docs/*.md"))]
+    named = {
+        name for text in texts for line in re.findall(r"\bmake [^`\n]*", text) for name in re.findall(r"\b([A-Z_0-9]+)=", line)
+    }
+    assert named
+    assert named <= set(KNOWN)
