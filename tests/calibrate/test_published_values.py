@@ -61,7 +61,7 @@ def test_table_2_on_the_papers_machine() -> None:
 
 
 def test_decodes_beside_a_chunk_cost_what_they_cost_in_table_2() -> None:
-    """0.4 ms for three, where the sum of both would be 24 ms."""
+    """0.4 ms for three. Added, what they need alone would be 1.4 ms more by Figure 2, 16 by Table 2."""
     predicted = {value["at"]: value["predicted"] for value in STORED[PAPER]["values"] if value["quantity"] == "step"}
     assert predicted["1,021 tokens of prefill and 3 decodes"] - predicted["1,024 tokens of prefill"] == pytest.approx(
         0.4, abs=0.4
@@ -108,7 +108,11 @@ def test_every_calibration_has_the_errors_of_its_machine() -> None:
     for name, entry in STORED.items():
         error = load_calibration(name).error
         assert entry["errors"] == {"prefill": error.prefill, "ttft_p50": error.ttft_p50, "tbt_p99": error.tbt_p99}
-        assert entry["errors"] == errors_of(STORED[entry.get("errors_of", name)]["values"])
+        found, least = (
+            errors_of(STORED[entry.get("errors_of", name)]["values"]),
+            error.held_out if "errors_of" in entry else 0.0,
+        )
+        assert entry["errors"] == {quantity: max(least, value) for quantity, value in found.items()}
     assert {name for bed in TESTBEDS.values() for name in (load_testbed(bed).calibrations or {}).values()} == set(STORED)
 
 
