@@ -60,7 +60,8 @@ def place_of(run: Run, trial: TrialRecord) -> Place:
     return Place("cuda", scale, together, (device, *map(str, others)))
 
 
-def _within(place: Place, scope: Scope) -> bool:
+def within(place: Place, scope: Scope) -> bool:
+    """Whether a claim of this scope is made of such a machine."""
     return (
         place.platform in scope.platform
         and scope.scale in (None, place.scale)
@@ -73,7 +74,7 @@ def outside(run: Run, model: str, scope: Scope) -> str:
     """Why a claim of this model is not made of the machine that ran it; empty if it is."""
     trials = [trial for trial in run.trials if trial.facts["model"] == model] or run.trials
     for place in dict.fromkeys(place_of(run, trial) for trial in trials):
-        if not _within(place, scope):
+        if not within(place, scope):
             return f"claimed of {', '.join(scope.words())}; this is {place}"
     return ""
 

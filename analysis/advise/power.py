@@ -1,0 +1,158 @@
+"""`make plan`'s last lines: how likely each claim of Figure 9b is to PASS on this machine, by simulation, before it is run.
+
+Every seed of the figure is simulated with this machine's calibration; the rule of the verdicts then judges draws of as many
+seeds as the run has replicates. What is not in it: a machine whose speed drifts, or that others disturb.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis.judge.claims import Claim, load_claims, rule
+from analysis.judge.scope import Place, within
+from analysis.judge.stats import Array, Sample
+from experiments.engine.session import phases_of
+from experiments.machine.doctor import choose_testbed
+from experiments.records.errors import SpecError
+from experiments.records.metrics import point_phase
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.simulator.estimate import calibrated, simulated_saturation
+from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import LoadPoint, Session, expand, saturation_sessions
+from experiments.spec.spec import ServingFigure, Testbed, load_figure
+from experiments.spec.workload import Trace, choose_trace
+
+WANTED = 0.98  # probability that all claims PASS together
+DRAWS = 2000  # of seeds, for each number of replicates
+METRICS = ("tbt_p99", "ttft_p50")
+SECONDS = (5.0, 7.0, 10.0, 14.0)  # of arrivals in a trial, that --search tries
+MOST_MINUTES = 20.0
+
+
+class Power(NamedTuple):
+    """Probability of PASS of each claim, by its id, and of all together."""
+
+    claims: Mapping[str, float]
+    together: float
+
+
+def judged(figure: ServingFigure, testbed: Testbed) -> list[Claim]:
+    """The claims of a figure that are judged on a testbed, by what its machine is."""
+    own = [claim for claim in load_claims() if claim.figure == figure.figure and not claim.scope.ours]
+    panels = {panel.model: panel for panel in figure.panels if panel.model in testbed.models}
+    places = {
+        model: Place(testbed.platform, testbed.scale, testbed.tensor_parallel or panel.tensor_parallel)
+        for model, panel in panels.items()
+    }
+    return [claim for claim in own if claim.model in places and within(places[claim.model], claim.scope)]
+
+
+def simulated_metrics(figure: ServingFigure, testbed: Testbed, trace: Trace) -> pd.DataFrame:
+    """One row for each seed of the figure and point: model, seed, qps, chunk_size (text), tbt_p99 and ttft_p50 in seconds.
+
+    Raises SpecError where no calibration covers the machine and the steps.
+    """
+    rates, rows = {}, []
+    for session in map(calibrated, saturation_sessions(figure, testbed)):
+        rates[session.model] = simulated_saturation(session, session.trials[0], trace)
+    for session in map(calibrated, expand(figure, testbed, len(figure.seeds), rates)):
+        rows += [_row(session, number, trace) for number in range(len(session.trials) - 1)]  # the last repeats the first
+    return pd.DataFrame(rows)
+
+
+def _row(session: Session, number: int, trace: Trace) -> dict[str, object]:
+    trial = session.trials[number]
+    point, (phases, roles) = trial.points[0], phases_of(session, trial, trace)
+    assert isinstance(point, LoadPoint)
+    engine = simulated_engine(session.engine, 1000 * session.seed + number)  # noise of its own, as each trial has
+    tbt, ttft, _ = engine.percentiles(engine.requests(phases[point_phase(roles)]))
+    at = {"model": session.model, "seed": session.seed, "qps": point.qps, "chunk_size": str(point.chunk_size)}
+    return at | {"tbt_p99": tbt, "ttft_p50": ttft}
+
+
+def logs_of(table: pd.DataFrame, claims: Sequence[Claim]) -> Array:
+    """Log ratio of each claim and seed, shape (claims, seeds)."""
+    wide = table.pivot_table(index="seed", columns=["model", "qps", "chunk_size"], values=list(METRICS))
+    found = []
+    for claim in claims:
+        own = wide[claim.statistic.name][claim.model][claim.statistic.qps]
+        found.append(np.log(own[str(claim.statistic.chunk_size)] / own[str(claim.statistic.against)]))
+    return np.array(found)
+
+
+def power(claims: Sequence[Claim], logs: Array, replicates: int) -> Power:
+    """Probability of PASS at a first look, over draws of so many of the simulated seeds. logs: as logs_of gives them."""
+    random = np.random.default_rng(1)
+    draws = np.argsort(random.random((DRAWS, logs.shape[1])), axis=1)[:, :replicates]
+    verdicts = rule(claims, [Sample(own[draws]) for own in logs], looks=1).verdict == "PASS"
+    each = {claim.id: float(share) for claim, share in zip(claims, verdicts.mean(axis=0), strict=True)}
+    return Power(each, float(verdicts.all(axis=1).mean()))
+
+
+def minutes(figure: ServingFigure, testbed: Testbed, replicates: int) -> float:
+    """About how long the run takes, one session after the other."""
+    return sum(session.estimate_s + testbed.estimate.load_s for session in expand(figure, testbed, replicates)) / 60
+
+
+def search(figure: ServingFigure, testbed: Testbed, trace: Trace, claims: Sequence[Claim]) -> list[dict[str, float]]:
+    """Replicates and seconds of a trial, each with the power of all claims together and the minutes it takes."""
+    assert testbed.serving is not None
+    found = []
+    for seconds in SECONDS:
+        tried = replace(testbed, serving=replace(testbed.serving, trial_seconds=seconds))
+        logs = logs_of(simulated_metrics(figure, tried, trace), claims)
+        for count in range(3, logs.shape[1] + 1):
+            took = minutes(figure, tried, count)
+            if took > MOST_MINUTES:
+                break
+            row = {"replicates": count, "seconds": seconds, "together": power(claims, logs, count).together, "minutes": took}
+            found.append(row)
+            if row["together"] >= WANTED:
+                break
+    return found
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the power of each claim; 0, also where nothing can be said, and why; 2 for bad input."""
+    parser = arguments("analysis.advise.power", __doc__, "testbed", "out", "trace")
+    parser.add_argument("figure", help="a serving figure's name")
+    parser.add_argument("--replicates", type=int, help="default: the testbed's number")
+    parser.add_argument("--search", action="store_true", help="which replicates and seconds of a trial suffice")
+    options = parse(parser, argv)
+    (testbed, _), figure = choose_testbed(options.testbed, options.out), load_figure(options.figure)
+    if not isinstance(figure, ServingFigure) or testbed.platform == "simulated" or testbed.serving is None:
+        result(power=None)
+        return 0
+    trace, claims = choose_trace(options.trace, max_total=figure.max_model_len), judged(figure, testbed)
+    try:
+        if options.search:
+            for row in (rows := search(figure, testbed, trace, claims)):
+                told = f"{row['replicates']:2.0f} replicates of {row['seconds']:g} s: all PASS with probability"
+                console.print(f"{told} {row['together']:.2f}, {row['minutes']:.0f} min")
+            result(search=rows)
+            return 0
+        logs = logs_of(simulated_metrics(figure, testbed, trace), claims)
+    except SpecError as error:
+        console.print(f"power     not known: {error}; make calibrate measures this machine")
+        result(power=None)
+        return 0
+    count = min(options.replicates or figure.replicates or testbed.replicates, logs.shape[1])
+    found = power(claims, logs, count)
+    each = ", ".join(f"{name} {share:.2f}" for name, share in found.claims.items())
+    console.print(
+        f"power     SIMULATED with this machine's calibration, {count} replicates, a quiet machine: PASS with probability"
+    )
+    console.print(f"          {each}; all together {found.together:.2f}")
+    result(power=found.claims, together=found.together, replicates=count)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
