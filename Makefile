@@ -184,6 +184,12 @@ doctor: $(VENV)/core.stamp ## each testbed: can this machine run it, and if not,
 .PHONY: plan
 plan: $(if $(RAY_ADDRESS),setup,$(VENV)/core.stamp) ## sessions, trials, schedule, minutes and disk of FIGURE (default fig9a); starts nothing
 	@$(RUN) --plan -- "$$FIGURE"
+	@$(if $(call IS_ON,JSON),:,$(PY) -m analysis.advise.power --testbed="$$TESTBED" --out="$$OUT" \
+		$(if $(REPLICATES),--replicates="$$REPLICATES") $(WITH_TRACE) $(SAY) -- "$$FIGURE")
+
+.PHONY: power
+power: $(VENV)/core.stamp ## which replicates and seconds make all claims of fig9b PASS on this machine, by simulation
+	@$(PY) -m analysis.advise.power --search --testbed="$$TESTBED" --out="$$OUT" $(WITH_TRACE) $(SAY) -- fig9b
 
 .PHONY: smoke
 smoke: setup ## the smallest real run of the whole path, under 2 minutes
