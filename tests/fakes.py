@@ -86,6 +86,9 @@ class ScriptedEngine(FakeEngine):
             record.steps.loc[steps, "seconds"] = share / share.sum() * wanted
         ends = record.steps["seconds"].cumsum()
         record.steps["start_s"] = ends.shift(1, fill_value=0.0)
+        record.tokens["time_s"] = ends[record.requests["last_step"]].to_numpy()  # one token each
+        for moment in ("arrival_s", "injected_s"):
+            record.requests[moment] = record.steps["start_s"][record.requests["first_step"]].to_numpy()
         return record
 
 

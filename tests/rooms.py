@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room imports only from rooms before it, and a module of a room only from modules before it.
 FLOORS = {
-    "experiments.records": ["errors", "record", "provenance", "terminal", "metrics", "store", "crate"],
+    "experiments.records": ["errors", "record", "documents", "whole", "provenance", "terminal", "metrics", "store", "crate"],
     "experiments.spec": ["spec", "expand", "workload"],
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["compiled", "cost_model", "scheduler", "simulator", "estimate"],
@@ -20,7 +20,7 @@ FLOORS = {
     "experiments.calibrate": ["published", "tables", "end_to_end", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
     "experiments": ["run"],
-    "analysis.judge": ["known", "load", "integrity", "archive", "stats", "scope", "gates", "claims", "verify"],
+    "analysis.judge": ["known", "trial", "load", "integrity", "archive", "stats", "scope", "gates", "claims", "verify"],
     "analysis.show": [
         "published", "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views",
         "report", "export"

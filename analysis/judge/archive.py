@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import lzma
+import math
 import re
 import stat
 import sys
@@ -26,12 +26,15 @@ from analysis.judge import integrity
 from analysis.judge.load import REFERENCE, find_runs
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
-from experiments.records.store import MANIFEST, write_whole
+from experiments.records.store import MANIFEST, rows_of, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 
 MOST_BYTES = 2 * 2**30  # of all files together; a finished fig9a and fig9b are 4 MB, simulated ones 75 MB
 MOST_FILE = 256 * 2**20
 MOST_FILES = 50_000
+MOST_ENTRIES = 2 * MOST_FILES  # folders too
+MOST_ROWS = 10**9  # of all tables; 20 seeds of fig9b at the paper's scale have a third of it
+MOST_DIRECTORY = 2**24  # bytes of a zip's list of files
 HEADER = 2**20  # what an archive may spend between two files
 NAME = re.compile(r"[\w.+@=-]{1,120}(/[\w.+@=-]{1,120}){0,12}", re.ASCII)
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by how a file begins
@@ -64,7 +67,19 @@ def _check(archive: str, name: str, size: int, seen: set[str]) -> None:
         raise SpecError(f"{archive}: refused: {name!r}, {size} bytes; allowed: {MOST_FILES} files of {MOST_FILE} bytes")
 
 
+def _directory_bytes(path: Path) -> float:
+    """Bytes of a zip's directory, as its end record says, where zipfile looks for that; one of 64 bits is beyond any bound."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 42))
+        tail = file.read()
+    plain = tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0"
+    at = len(tail) - 22 if plain else tail.rfind(b"PK\5\6")
+    return math.inf if tail[at - 20 : at - 16] == b"PK\6\7" else int.from_bytes(tail[at + 12 : at + 16], "little")
+
+
 def _zip_members(path: Path) -> Iterator[Member]:
+    if (size := _directory_bytes(path)) > MOST_DIRECTORY:  # zipfile reads it as a whole
+        raise SpecError(f"{path.name}: refused: a directory of {size} bytes; allowed: {MOST_DIRECTORY}")
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             kind, folder = stat.S_IFMT(entry.external_attr >> 16), entry.is_dir()
@@ -85,6 +100,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
                 if not (member.isdir() or member.isreg()) or member.issparse():
                     raise SpecError(f"{path.name}: refused: {member.name[:80]!r} is no plain file")
                 bounded.allowed = HEADER + max(0, member.size) if member.size <= MOST_FILE else HEADER
+                archive.members.clear()  # type: ignore[attr-defined]  # it keeps every one, with all that its header says
                 if member.name != ".":
                     yield member.name.removeprefix("./"), member.size, archive.extractfile(member)
                 bounded.allowed = HEADER
@@ -98,7 +114,10 @@ def unpack(path: Path, folder: Path) -> None:
     seen: set[str] = set()
     total = 0
     try:
-        for name, size, data in _zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path):
+        members = _zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path)
+        for number, (name, size, data) in enumerate(members):
+            if number >= MOST_ENTRIES:
+                raise SpecError(f"{path.name}: refused: more than {MOST_ENTRIES} entries")
             _check(path.name, name, size, seen)
             if data is None:
                 continue
@@ -120,30 +139,48 @@ def unpack(path: Path, folder: Path) -> None:
         raise SpecError(f"{path}: cannot be unpacked ({error}); a zip or tar archive is needed") from None
     if not seen:
         raise SpecError(f"{path}: holds no file; an archive of make package, or of a bag, is needed")
+    if (rows := sum(map(rows_of, folder.rglob("*.parquet")))) > MOST_ROWS:
+        raise SpecError(f"{path.name}: refused: {rows} rows in its tables; allowed: {MOST_ROWS}")
 
 
 def problems(folder: Path) -> list[str]:
-    """`changed: PATH` and so on: an unpacked package against its own manifest; empty for the archive of a bare bag."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return []
-    there = [path for path in folder.rglob("*") if path.is_file() and path != manifest]
-    return integrity.compare({path.relative_to(folder).as_posix(): sha256(path) for path in there}, integrity.listed(manifest))
+    """`changed: PATH` and so on: an unpacked package, wherever it lies in its archive, against its own manifest; empty for the
+    archive of bare bags."""
+    lines = []
+    for manifest in sorted(path for path in folder.rglob(MANIFEST) if (path.parent / "runs").is_dir()):
+        there = [path for path in manifest.parent.rglob("*") if path.is_file() and path != manifest]
+        found = {path.relative_to(manifest.parent).as_posix(): sha256(path) for path in there}
+        lines += integrity.compare(found, integrity.listed(manifest))
+    return lines
+
+
+def _bags(folder: Path) -> list[Path]:
+    """The bags in a folder, half copied ones too."""
+    if any((folder / mark).exists() for mark in (*integrity.TAG_FILES[:2], integrity.TAGS, "data/plan.json", "data/trials")):
+        return [folder]
+    return [bag for path in sorted(folder.iterdir()) if path.is_dir() for bag in _bags(path)]
 
 
 def runs_in(folder: Path) -> Path:
-    """The folder of runs in an unpacked archive: that of a package, or one made for the bare bags in it. Raises SpecError."""
-    for candidate in (folder / "runs", *folder.glob("*/runs"), folder, *folder.glob("*")):
-        if find_runs(candidate):
-            return candidate
-    bags = [path for path in (folder, *sorted(folder.glob("*"))) if (path / "bagit.txt").is_file() or (path / "data").is_dir()]
+    """The folder of runs in an unpacked archive: that of a package, or one made for the bare bags in it.
+
+    Raises SpecError if there is no bag, or if there are bags in several folders of runs: names of runs may be the same in them.
+    """
+    bags = _bags(folder)
     if not bags:
         raise SpecError("no bag in this archive; an archive of make package, or of a bag, is needed")
+    laid_out = all(bag.name.startswith("bag-") and folder not in (bag, bag.parent) for bag in bags)
+    places = {bag.parent.parent if laid_out else bag.parent for bag in bags}
+    if len(places) > 1:
+        told = ", ".join(sorted(path.relative_to(folder).as_posix() for path in places))
+        raise SpecError(f"bags in {len(places)} folders of runs: {told}; one is needed, verify them one at a time")
+    if laid_out:
+        return places.pop()
     runs = Path(tempfile.mkdtemp(dir=folder.parent))
     for number, bag in enumerate(bags, start=1):
         info = bag / "bag-info.txt"
         said = info.read_text("utf-8", "replace") if info.is_file() else ""
-        match = re.search(r"^External-Identifier: ([a-z0-9-]{1,60})-[0-9a-f]{8}$", said, re.M)
+        match = re.search(r"^External-Identifier: ([a-z0-9][a-z0-9.-]{0,90})-[0-9a-f]{8}$", said, re.M)
         target = runs / (match[1] if match else "run") / f"bag-elsewhere-{number}"
         target.parent.mkdir(exist_ok=True)
         bag.rename(target)
@@ -159,19 +196,18 @@ def package(runs: Path, report: Path, target: Path) -> list[str]:
     for folder, kept in ((report, "report"), (REFERENCE, "reference")):
         files |= {f"{kept}/{path.name}": path for path in folder.glob("*") if not path.name.startswith(".")}
     files |= {name: ROOT / name for name in ("README.md", "LICENSE", "CITATION.cff")}
-    whole = {name: path.read_bytes() for name, path in sorted(files.items()) if path.is_file() and not path.is_symlink()}
-    manifest = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in whole.items())
-    contents = {MANIFEST: manifest.encode(), **whole}
-    write_whole(target, partial(_zip, contents))
-    return list(contents)
+    whole = {name: path for name, path in sorted(files.items()) if path.is_file() and not path.is_symlink()}
+    manifest = "".join(f"{sha256(path)}  {name}\n" for name, path in whole.items())
+    write_whole(target, partial(_zip, manifest.encode(), whole))
+    return [MANIFEST, *whole]
 
 
-def _zip(contents: Mapping[str, bytes], target: Path) -> None:
+def _zip(manifest: bytes, files: Mapping[str, Path], target: Path) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # compressors differ by version; Parquet is compressed
-        for name, data in contents.items():
+        for name in (MANIFEST, *files):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
-            archive.writestr(entry, data)
+            archive.writestr(entry, manifest if name == MANIFEST else files[name].read_bytes())
 
 
 @command

@@ -13,7 +13,6 @@ from experiments.spec.expand import SATURATION
 
 NOISE_LIMIT = 0.25  # interquartile range of the probe step over its median, median over sessions
 REPEAT_LIMIT = 1.15  # a session's first trial and its repetition at the end, median over sessions
-LATENESS_SLACK_S = 0.002  # drawing up a request and the loop's own work between two steps
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,6 @@ def _repeated(run: Run) -> Gate:
     said = f"its repetition takes {again:.3f} times as long, limit {REPEAT_LIMIT} either way"
     said += f"; {len(once)} sessions have none" if once else ""
     return Gate("first trial repeated", not once and 1 / REPEAT_LIMIT <= again <= REPEAT_LIMIT, said)
-
-
-def _total(run: Run, table: str, column: str) -> int:
-    return int(sum(getattr(trial.record, table)[column].sum() for trial in run.trials))
 
 
 def _platform(run: Run) -> Gate:
@@ -82,28 +77,11 @@ def _points(run: Run) -> Gate:
     return Gate("points as named", not wrong, ": ".join([said, ", ".join(sorted(wrong)[:3])] if wrong else [said]))
 
 
-def _arrivals(run: Run) -> Gate:
-    """Open loop: a request enters at the first step boundary after its arrival, so it can be late by one step at most."""
+def _arrivals(run: Run, late: int) -> Gate:
     if run.kind != "serving":
         return Gate("arrivals kept", True, "one request at a time, no arrivals to keep")
-    late = 0
-    for trial in run.trials:
-        lateness = trial.record.requests["injected_s"] - trial.record.requests["arrival_s"]
-        late += not lateness.quantile(0.99) <= trial.record.steps["seconds"].max() + LATENESS_SLACK_S  # so that NaN is late
     p99 = serving_trials(run)["lateness_p99"].max()
     return Gate("arrivals kept", not late, f"{late} trials inject later than their longest step; worst P99 {p99:.3f} s")
-
-
-def _steps(run: Run) -> tuple[Gate, Gate]:
-    over = wrong = 0
-    for trial in run.trials:
-        steps, times = trial.record.steps, trial.record.tokens["time_s"]
-        over += int((steps["prefill_tokens"] + steps["decode_tokens"] > steps["budget"]).sum())
-        after = steps["start_s"] >= (steps["start_s"] + steps["seconds"]).shift() - 1e-9
-        for right in (steps["seconds"] > 0, after.iloc[1:], times.diff().iloc[1:] >= 0):
-            wrong += int((~right).sum())  # NaN is wrong
-    said = f"{wrong} steps or tokens end before they start, overlap or come out of order"
-    return Gate("budget obeyed", not over, f"{over} steps above their chunk size"), Gate("clock monotonic", not wrong, said)
 
 
 def check(run: Run) -> list[Gate]:
@@ -111,23 +89,22 @@ def check(run: Run) -> list[Gate]:
     planned = {(session, trial) for session, trials in run.plan["sessions"].items() for trial in trials}
     absent = sorted("/".join(pair) for pair in planned - {(t.facts["session"], t.facts["trial"]) for t in run.trials})
     absences = f"{len(absent)} of {len(planned)} trials missing{': ' if absent else ''}{', '.join(absent[:3])}"
-    asked, got = _total(run, "requests", "output_tokens"), _total(run, "requests", "generated_tokens")
-    cut = sum(trial.record.truncated for trial in run.trials)
-    hits, preempted = _total(run, "requests", "cached_tokens"), _total(run, "steps", "preempted")
+    counts = sum((trial.seen.counts for trial in run.trials), Counter[str]())
+    asked, got, cut = (counts[name] for name in ("output_tokens", "generated_tokens", "truncated"))
+    hits, preempted, wrong = counts["cached_tokens"], counts["preempted"], counts["disordered"]
     declared = ", declared" if run.plan.get("may_preempt") else ""
     spread = noise(run)
     served = {(t.facts["process"], t.facts["model"], t.facts["seed"]) for t in run.trials}
     shared = sum(count > 1 for count in Counter(process for process, *_ in served).values())
     unlike = differing(run)
-    budget, clock = _steps(run)
     return [
         Gate("every planned trial", not absent, absences),
         Gate("requests finished", asked == got and not cut, f"{got} of {asked} tokens received, {cut} trials truncated"),
-        _arrivals(run),
-        budget,
+        _arrivals(run, counts["late"]),
+        Gate("budget obeyed", not counts["over"], f"{counts['over']} steps above their chunk size"),
         Gate("no cache hit", not hits, f"{hits} prompt tokens came from a prefix cache"),
         Gate("no undeclared preemption", bool(declared) or not preempted, f"{preempted} preemptions{declared}"),
-        clock,
+        Gate("clock monotonic", not wrong, f"{wrong} steps or tokens end before they start, overlap or come out of order"),
         Gate("machine noise", spread <= NOISE_LIMIT, f"{spread:.3f} of a fixed step's time, limit {NOISE_LIMIT}"),
         _repeated(run),
         _platform(run),

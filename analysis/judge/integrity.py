@@ -13,6 +13,7 @@ from experiments.records.store import MANIFEST
 
 BAGIT_TXT = b"BagIt-Version: 0.97\nTag-File-Character-Encoding: UTF-8\n"  # as bagit 1.8.1 writes it
 TAGS = "tagmanifest-sha256.txt"
+MOST_MANIFEST = 2**24  # bytes; one of 50,000 files takes half of it
 TAG_FILES = ("bag-info.txt", "bagit.txt", MANIFEST)
 
 
@@ -23,7 +24,10 @@ def _walk_order(name: str) -> list[tuple[bool, str]]:
 
 
 def listed(path: Path) -> dict[str, str]:
-    """name -> digest as a manifest lists them; lines that are no such pair are left to the comparison by bytes."""
+    """name -> digest as a manifest lists them; lines that are no such pair are left to the comparison by bytes. Nothing of one
+    that is longer than MOST_MANIFEST."""
+    if path.stat().st_size > MOST_MANIFEST:
+        return {}
     pairs = (line.split(maxsplit=1) for line in path.read_bytes().decode("utf-8", "replace").splitlines())
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
@@ -31,16 +35,29 @@ def listed(path: Path) -> dict[str, str]:
 def incomplete(bag: Path, found: Sequence[str]) -> bool:
     """Whether the problems found are those of an interrupted copy or seal: files missing, at most one cut short.
 
-    A file cut short cannot be told from a changed one by its digest, so the payload's size in bag-info.txt decides.
+    A file cut short cannot be told from a changed one by its digest; but it does not end as we end files, and a payload with
+    one is smaller than bag-info.txt says.
     """
     kinds = [line.split(":")[0] for line in found]
     if not found or "unlisted" in kinds or kinds.count("changed") > 1:
         return False
     if "changed" not in kinds:
         return True
+    name, info = found[kinds.index("changed")].removeprefix("changed: ").split(" (or its")[0], bag / "bag-info.txt"
+    if not (bag / name).is_file() or not _cut_short(bag / name):
+        return False
     size = sum(path.stat().st_size for path in bag.glob("data/**/*") if path.is_file())
-    stated = re.search(rb"^Payload-Oxum: (\d{1,18})\.", (bag / "bag-info.txt").read_bytes(), re.M)
-    return found[kinds.index("changed")].startswith("changed: data/") and stated is not None and size < int(stated[1])
+    stated = re.search(rb"^Payload-Oxum: (\d{1,18})\.", info.read_bytes(), re.M) if info.is_file() else None
+    return not name.startswith("data/") or stated is None or size < int(stated[1])
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a file does not end as ours do: Parquet with its mark, JSON with its outermost bracket, others with a line."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4))
+        end = file.read()
+    ends = {".parquet": (b"PAR1",), ".json": (b"\n}\n", b"\n]\n", b"{}\n", b"[]\n")}
+    return not end.endswith(ends.get(path.suffix, (b"\n",)))
 
 
 def problems(bag: Path) -> list[str]:
@@ -53,15 +70,24 @@ def problems(bag: Path) -> list[str]:
     if odd := [path for path in entries if path.is_symlink() or not path.is_file()]:
         return [f"unlisted: {path.relative_to(bag).as_posix()}" for path in odd]
     found = {path.relative_to(bag).as_posix() for path in entries}
-    if missing := [name for name in (*TAG_FILES, TAGS) if name not in found]:
-        return [f"missing: {name}" for name in missing]
     payload = {name: sha256(bag / name) for name in found if name.startswith("data/")}
-    tags = listed(bag / TAGS)
-    lines = compare(payload, listed(bag / MANIFEST))
+    lines = compare(payload, listed(bag / MANIFEST)) if MANIFEST in found else _trials_changed(bag, payload)
+    lines += [f"missing: {name}" for name in (*TAG_FILES, TAGS) if name not in found]
     lines += [f"unlisted: {name}" for name in sorted(found - set(payload) - {*TAG_FILES, TAGS})]
-    actual = {name: sha256(bag / name) for name in TAG_FILES}
+    actual = {name: sha256(bag / name) for name in TAG_FILES if name in found}
+    tags = listed(bag / TAGS) if TAGS in found else actual
     lines += [f"changed: {n} (or its line in {TAGS})" for n, digest in actual.items() if tags.get(n, "").lower() != digest]
     return lines or _tag_files_not_as_written(bag, payload, actual) or _bagit_problems(bag)
+
+
+def _trials_changed(bag: Path, payload: Mapping[str, str]) -> list[str]:
+    """What the manifest of each trial says where the bag's own is missing, which must not hide a change."""
+    lines = []
+    for name in (name for name in payload if name.startswith("data/trials/") and name.endswith(f"/{MANIFEST}")):
+        folder = name.removesuffix(MANIFEST)
+        wanted = {folder + file: digest for file, digest in listed(bag / name).items()}
+        lines += compare({file: payload[file] for file in wanted if file in payload}, wanted)
+    return lines
 
 
 def compare(payload: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

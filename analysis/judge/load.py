@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,44 +10,15 @@ from typing import Any
 import pandas as pd
 
 from analysis.judge.known import KnownCalibration, calibration_of
+from analysis.judge.trial import TrialRecord, load_trial
+from experiments.records.documents import FACTS, PLAN, read_document
 from experiments.records.errors import SpecError
-from experiments.records.metrics import of_phase, prefill_seconds, serving_metrics
 from experiments.records.provenance import ROOT
-from experiments.records.record import Record
-from experiments.records.store import read_trial
 from experiments.spec.expand import REPEAT
 
 REFERENCE = ROOT / "artifacts" / "reference"
-NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,80}", re.ASCII)
+MOST_FACTS = 32 * 2**20  # bytes of trial.json in a run, which stay in memory
 MUST_MATCH = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", "machine.type", "machine.image")
-
-
-def printable(data: Any) -> Any:
-    """The same with every text free of control characters and cut at 2,000: a bag may try to write to the terminal."""
-    if isinstance(data, str):
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in data[:2000])
-    if isinstance(data, dict):
-        return {printable(key): printable(value) for key, value in data.items()}
-    return [printable(value) for value in data] if isinstance(data, list) else data
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """One trial: where it lies, its facts (trial.json) and its record."""
-
-    path: Path
-    facts: dict[str, Any]
-    record: Record
-
-    @property
-    def repeat(self) -> bool:
-        """Whether this is the first trial of its session run again at the end."""
-        return str(self.facts["trial"]).endswith(REPEAT)
-
-    @property
-    def simulated(self) -> bool:
-        """Whether its engine was a simulation."""
-        return bool(self.facts["engine"].get("simulated"))
 
 
 @dataclass(frozen=True)
@@ -74,7 +42,7 @@ class Run:
         where = f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}{on}; {scale}{trace})"
         used = ((trial.facts["engine"].get("calibration"), self.calibration(trial)) for trial in self.trials if trial.simulated)
         errors = {f"{name}, {f'held-out error {own.error.step:.1%}' if own else 'of unknown error'}" for name, own in used}
-        return str(printable(f"SIMULATED ({'; '.join(sorted(errors))}) {where}" if self.simulated else where))
+        return f"SIMULATED ({'; '.join(sorted(errors))}) {where}" if self.simulated else where
 
     @property
     def simulated(self) -> bool:
@@ -91,19 +59,6 @@ class Run:
         used = [self.calibration(trial) for trial in self.trials if trial.simulated and trial.facts["model"] == model]
         errors = [known.error.of(quantity) for known in used if known]
         return max(errors, default=0.0) if len(errors) == len(used) else None
-
-    @cached_property
-    def serving(self) -> pd.DataFrame:
-        """serving_trials, computed once: every claim, gate and picture asks for it."""
-        rows = [
-            _facts(trial, phase, "qps", "rate", "budget")
-            | {"truncated": trial.record.truncated}
-            | serving_metrics(of_phase(trial.record, phase))
-            for trial in self.trials
-            for phase, role in enumerate(trial.facts["phases"])
-            if role["role"] == "point"
-        ]
-        return pd.DataFrame(rows)
 
     @property
     def kind(self) -> str:
@@ -143,38 +98,39 @@ def unfinished(folder: Path) -> list[str]:
 def _command(trial: Path) -> str:
     """What makes the run that a trial.json is of."""
     try:
-        facts = json.loads(trial.read_text())
-        return str(printable(f"make {facts['figure']} TESTBED={facts['testbed']}"))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # a half copied one
+        facts = read_document(trial, FACTS)
+        return f"make {facts['figure']} TESTBED={facts['testbed']}"
+    except SpecError:  # a half copied one
         return "the command that began it"
 
 
 def _ended(bag: Path) -> str:
     """When the last trial of a bag ended, as its records say: a copy's files are as new as the copy."""
-    return max((json.loads(path.read_text())["ended"] for path in bag.glob("data/trials/*/*/trial.json")), default="")
+    documents = bag.glob("data/trials/*/*/trial.json")
+    return max((read_document(path, FACTS, f"{bag.name}: {path.name}")["ended"] for path in documents), default="")
 
 
 def load_run(bags: list[Path]) -> Run:
     """Join bags of one figure and testbed. Of several identities the newest is taken, the others are named.
 
-    Raises SpecError if there is no bag, or if trials were made under conditions that must not be mixed.
+    Raises SpecError if there is no bag, for what is no record of ours, and if trials were made under conditions that must not
+    be mixed.
     """
     if not bags:
         raise SpecError("no finished run here; make fig9a makes one")
-    plans = {bag: json.loads((bag / "data" / "plan.json").read_text()) for bag in bags}
+    plans = {bag: read_document(bag / "data" / "plan.json", PLAN, f"{bag.name}: plan.json") for bag in bags}
     newest = max(bags, key=lambda bag: (_ended(bag), bag.stat().st_mtime_ns, bag.name)) if len(bags) > 1 else bags[0]
     identity = plans[newest]["identity"]
     unlike = {bag: [k for k, v in identity.items() if plan["identity"].get(k) != v] for bag, plan in plans.items()}
     chosen = [bag for bag in bags if plans[bag]["identity"] == identity]
     aside = tuple(f"{bag.name} differs in {', '.join(unlike[bag])}" for bag in bags if bag not in chosen)
     paths = [path for bag in chosen for path in sorted(bag.glob("data/trials/*/*"))]
-    trials = tuple(TrialRecord(path, *read_trial(path)) for path in paths)
+    size = sum(file.stat().st_size for path in paths if (file := path / "trial.json").is_file())
+    if not paths or size > MOST_FACTS:
+        came = f"{len(paths)} trials, {size} bytes of trial.json"
+        raise SpecError(f"{chosen[-1].name}: {came}; allowed: at least one trial, at most {MOST_FACTS} bytes")
     plan = plans[chosen[-1]]
-    named = {str(plan[key]) for key in ("figure", "testbed")}
-    named |= {str(trial.facts[key]) for trial in trials for key in ("figure", "testbed", "model", "session", "trial")}
-    if odd := sorted(name for name in named if not NAME.fullmatch(name)):  # files are named by them, and pictures labelled
-        raise SpecError(f"{chosen[-1]}: name {odd[0][:80]!r}; allowed: letters, digits and . _ + -")
-    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, trials, aside)
+    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, tuple(load_trial(path, plan) for path in paths), aside)
 
 
 def differing(run: Run) -> list[str]:
@@ -218,11 +174,10 @@ def prefill_times(run: Run) -> pd.DataFrame:
     """
     rows = []
     for trial in run.trials:
-        seconds = prefill_seconds(trial.record)
         for phase, role in enumerate(trial.facts["phases"]):
             if role["role"] == "point":
                 facts = _facts(trial, phase, "prompt_length", "prompt_tokens", "budget")
-                rows.append(facts | {"seconds": seconds.get(phase)})
+                rows.append(facts | {"seconds": trial.seen.prefills.get(phase)})
     return pd.DataFrame(rows)
 
 
@@ -232,18 +187,19 @@ def serving_trials(run: Run) -> pd.DataFrame:
     Columns: model, in_paper, seed, trial, repeat, qps (the paper's), rate, budget, chunk_size (text), truncated (by the time
     limit: the metrics are then of the requests that were served), then metrics.serving_metrics.
     """
-    return run.serving.copy()
+    rows = [
+        _facts(trial, phase, "qps", "rate", "budget") | {"truncated": trial.record.truncated} | trial.seen.serving
+        for trial in run.trials
+        for phase, role in enumerate(trial.facts["phases"])
+        if role["role"] == "point"
+    ]
+    return pd.DataFrame(rows)
 
 
 def probe_steps(run: Run) -> pd.DataFrame:
     """The fixed steps with which every trial begins: model, session, then the columns of a step."""
-    found = []
-    for trial in run.trials:
-        probes = [number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "probe"]
-        requests = trial.record.requests
-        steps = requests.loc[requests["phase"].isin(probes) & (requests["first_step"] >= 0), "first_step"]
-        found.append(trial.record.steps.iloc[steps].assign(**{key: str(trial.facts[key]) for key in ("model", "session")}))
-    return pd.concat(found, ignore_index=True)
+    named = ((trial.seen.probes, {key: str(trial.facts[key]) for key in ("model", "session")}) for trial in run.trials)
+    return pd.concat([probes.assign(**names) for probes, names in named], ignore_index=True)
 
 
 def repeat_ratios(run: Run) -> pd.Series:

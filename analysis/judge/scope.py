@@ -8,7 +8,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from analysis.judge.known import load_known
-from analysis.judge.load import Run, TrialRecord
+from analysis.judge.load import Run
+from analysis.judge.trial import TrialRecord
 from experiments.records.provenance import sha256
 from experiments.spec.spec import STRICT, Count
 

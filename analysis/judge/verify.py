@@ -18,8 +18,9 @@ from rich.text import Text
 
 from analysis.judge import archive, gates, integrity
 from analysis.judge import claims as rules
-from analysis.judge.load import Run, find_runs, load_run, printable, unfinished
+from analysis.judge.load import Run, find_runs, load_run, unfinished
 from analysis.judge.stats import Sample
+from experiments.records.documents import printable
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sha256
 from experiments.records.store import to_json, write_whole
@@ -137,7 +138,10 @@ def verify_archive(path: Path, everything: bool = False) -> dict[str, Any]:
         changed = archive.problems(folder)
         found = verify(archive.runs_in(folder), everything)
     found["archive"] = {"name": path.name, "sha256": sha256(path), "integrity": changed}
-    return found | ({"overall": "FAIL", "status": 1} if changed else {})
+    lacks = changed and all(line.startswith("missing: ") for line in changed)  # half copied
+    if not changed or found["overall"] == "FAIL":
+        return found
+    return found | ({"overall": "INCONCLUSIVE", "status": 2} if lacks else {"overall": "FAIL", "status": 1})
 
 
 def show(found: dict[str, Any]) -> None:

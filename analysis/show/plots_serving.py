@@ -13,7 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-from analysis.judge.load import Run, TrialRecord, by_chunk_size, chunk_label, chunk_order, serving_trials
+from analysis.judge.load import Run, by_chunk_size, chunk_label, chunk_order, serving_trials
+from analysis.judge.trial import TrialRecord
 from analysis.show import plots
 from experiments.records.metrics import NAMES, of_phase, point_phase, tbt, time_unit
 

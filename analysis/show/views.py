@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.judge.load import Run, TrialRecord, by_chunk_size
+from analysis.judge.load import Run, by_chunk_size, serving_trials
+from analysis.judge.trial import TrialRecord
 from analysis.show import plots, plots_schedule, plots_serving
 from analysis.show.published import WORDS, against_published, published_lines
 from analysis.show.summary import cut_short, prefill_table, serving_table
@@ -180,7 +181,8 @@ def _explanations(run: Run, path: Path, model: str, rows: pd.DataFrame) -> list[
 
 def _explained_trials(run: Run, model: str) -> list[TrialRecord]:
     """The first seed's trials of a model at its highest QPS, with the smallest and the largest chunk size."""
-    points = run.serving[(run.serving["model"] == model) & ~run.serving["repeat"]]
+    points = serving_trials(run)
+    points = points[(points["model"] == model) & ~points["repeat"]]
     points = points[points["seed"] == points["seed"].min()]
     names = by_chunk_size(points[points["qps"] == points["qps"].max()])["trial"].iloc[[0, -1]]
     seed = points["seed"].iloc[0]

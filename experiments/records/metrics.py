@@ -40,11 +40,12 @@ def point_phase(phases: Sequence[Mapping[str, Any]]) -> int:
 
 def of_phase(record: Record, phase: int) -> Record:
     """The part of a record that belongs to one phase: its requests, the steps from its first to its last, its tokens."""
-    requests = record.requests[record.requests["phase"] == phase]
+    every, steps, tokens = record.requests, record.steps, record.tokens  # each look at a stored record reads it
+    requests = every[every["phase"] == phase]
     first = requests.loc[requests["first_step"] >= 0, "first_step"]
-    later = record.requests.loc[(record.requests["phase"] > phase) & (record.requests["first_step"] >= 0), "first_step"]
-    steps = record.steps.loc[first.min() : later.min() - 1 if len(later) else None] if len(first) else record.steps.iloc[:0]
-    tokens = record.tokens[record.tokens["request"].isin(requests["request"])]
+    later = every.loc[(every["phase"] > phase) & (every["first_step"] >= 0), "first_step"]
+    steps = steps.loc[first.min() : later.min() - 1 if len(later) else None] if len(first) else steps.iloc[:0]
+    tokens = tokens[tokens["request"].isin(requests["request"])]
     return Record(requests, steps, tokens, record.truncated)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.records.documents import FACTS, printable, read_document
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sha256, short
-from experiments.records.record import RECORD_FORMAT, STEP_COLUMNS, TOKEN_COLUMNS, Record
+from experiments.records.record import RECORD_FORMAT, REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Record
+from experiments.records.whole import contradiction
 
 MANIFEST = "manifest-sha256.txt"
-MOST_ROWS = 50_000_000  # of a table; the longest simulated trial has half a million
+# Of a table. A simulated trial at the paper's scale has 70,000 steps and half a million tokens; it then takes 100 MB to judge.
+MOST_ROWS = {"requests.csv": 200_000, "steps.parquet": 2_000_000, "tokens.parquet": 5_000_000}
+ROW_BYTES = 160  # of requests.csv; numbers as we write them take 120
 FILES = ("requests.csv", "steps.parquet", "tokens.parquet", "trial.json")  # in the manifest's order
 
 
@@ -208,23 +214,85 @@ def trial_is_whole(path: Path) -> bool:
         return False
 
 
+class StoredRecord(Record):
+    """The record of a trial directory, its tables read anew at each look: a run of many trials takes the memory of one.
+
+    Raises SpecError for a file that cannot be read, or has more rows than MOST_ROWS: a few bytes can stand for billions.
+    """
+
+    def __init__(self, path: Path, truncated: bool) -> None:
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "truncated", truncated)
+
+    path: Path
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        return _table(self.path / "requests.csv", _read_csv)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        return _table(self.path / "steps.parquet", _read_parquet)
+
+    @property
+    def tokens(self) -> pd.DataFrame:
+        return _table(self.path / "tokens.parquet", _read_parquet)
+
+
 def read_trial(path: Path) -> tuple[dict[str, Any], Record]:
-    """Facts and record of a trial directory. Raises SpecError if it was written in another format."""
-    facts = json.loads((path / "trial.json").read_text())
-    if facts.get("format") != RECORD_FORMAT:
-        raise SpecError(f"{path}: record format {facts.get('format')!r}; this version reads format {RECORD_FORMAT}")
-    requests = pd.read_csv(path / "requests.csv")
-    steps = _read_parquet(path / "steps.parquet", STEP_COLUMNS)
-    tokens = _read_parquet(path / "tokens.parquet", TOKEN_COLUMNS)
-    return facts, Record(requests=requests, steps=steps, tokens=tokens, truncated=bool(facts["truncated"]))
+    """Facts and record of a trial directory, checked as a whole. Raises SpecError, which names bag, trial and what is wrong."""
+    facts = read_document(path / "trial.json", FACTS, f"{_where(path)}: trial.json")
+    stored = StoredRecord(path, facts["truncated"])
+    record = Record(stored.requests, stored.steps, stored.tokens, stored.truncated)
+    if found := contradiction(record, facts["phases"]):
+        raise SpecError(f"{_where(path)}: {found}")
+    return facts, record
 
 
-def _read_parquet(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """A table of a record. Raises SpecError for other columns, or for too many rows: a few bytes can stand for billions."""
+def _where(path: Path) -> Path:
+    """A trial's directory from its bag on: where an archive was unpacked says nothing."""
+    return Path(*path.parts[-5:])
+
+
+def _table(path: Path, read: Callable[[Path, int], pd.DataFrame]) -> pd.DataFrame:
+    try:
+        return read(path, MOST_ROWS[path.name])
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        reason = printable(str(error).split("\n")[0])[:200]
+        raise SpecError(f"{_where(path.parent)}: {path.name}: cannot be read: {reason}; allowed: as we write it") from None
+
+
+def rows_of(path: Path) -> int:
+    """Rows of a Parquet file as its metadata says; 0 for what is none, which is refused when it is read."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, ValueError, pa.ArrowException):
+        return 0
+
+
+def _read_csv(path: Path, most: int) -> pd.DataFrame:
+    with path.open("rb") as file:
+        data = file.read(most * ROW_BYTES + 1)
+    rows, commas = data.count(b"\n") - 1, len(REQUEST_COLUMNS) - 1
+    if len(data) > most * ROW_BYTES or rows > most:
+        raise ValueError(f"more than {most} rows of {ROW_BYTES} bytes")
+    if data.count(b",") != commas * (rows + 1) or not data.startswith(",".join(REQUEST_COLUMNS).encode() + b"\n"):
+        raise ValueError(f"not a table of the columns {', '.join(REQUEST_COLUMNS)}")
+    return pd.read_csv(io.BytesIO(data), dtype=REQUEST_COLUMNS)
+
+
+def _read_parquet(path: Path, most: int) -> pd.DataFrame:
+    """Its metadata is read first: a few bytes can stand for billions of rows, and a column could hold anything."""
+    columns = STEP_COLUMNS if path.name.startswith("steps") else TOKEN_COLUMNS
     with pq.ParquetFile(path) as file:
-        rows, names = file.metadata.num_rows, file.metadata.schema.names
-        if rows > MOST_ROWS or sorted(names) != sorted(columns):
-            raise SpecError(f"{path}: got {rows} rows of {names}; allowed: {MOST_ROWS} of {list(columns)}")
-        # Starting threads takes longer than reading a trial's table.
-        table: pd.DataFrame = file.read(use_threads=False).to_pandas(use_threads=False)
+        found = file.metadata
+        kinds = [(field.name, str(field.type).replace("double", "float64")) for field in file.schema_arrow]
+        if found.num_rows > most or kinds != list(columns.items()):
+            raise ValueError(f"{found.num_rows} rows of {kinds}; allowed: {most} of {columns}")
+        chunks = [found.row_group(g).column(c) for g in range(found.num_row_groups) for c in range(len(columns))]
+        size, packed = sum(chunk.total_uncompressed_size for chunk in chunks), {chunk.compression for chunk in chunks}
+        if size > 16 * len(columns) * most or packed - {"SNAPPY"}:
+            raise ValueError(f"{size} bytes packed with {', '.join(sorted(packed))}; allowed: SNAPPY, 16 bytes a value")
+        # Starting threads takes longer than reading a trial's table; split_blocks: the columns are not copied.
+        table: pd.DataFrame = file.read(use_threads=False).to_pandas(use_threads=False, split_blocks=True, ignore_metadata=True)
         return table

@@ -25,7 +25,7 @@ from analysis.judge.verify import main, verify
 from analysis.show import report, summary
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
-from experiments.records.store import to_json
+from experiments.records.store import MOST_ROWS, to_json
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,18 @@ def sparse() -> bytes:
     return bytes(header) + bytes(1024)
 
 
+def zip64() -> bytes:
+    """A list of files whose end says that it is of 64 bits."""
+    data = zip_of(("data/x", b"x"))
+    return data[:-22] + b"PK\6\7" + bytes(16) + data[-22:]
+
+
+def long_list() -> bytes:
+    data = bytearray(zip_of(("data/x", b"x")))
+    data[-10:-6] = (2**25).to_bytes(4, "little")
+    return bytes(data)
+
+
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "tar: parent folder": lambda: tar_of((member("../escaped"), b"x")),
     "tar: parent inside": lambda: tar_of((member("data/../../escaped"), b"x")),
@@ -216,6 +228,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "zip: a dot as a name": lambda: zip_of(("data/./x", b"x")),
     "nothing": lambda: b"",
     "no archive": lambda: b"hello\n" * 100,
+    "zip: a list of 64 bits": zip64,
+    "zip: a list of 32 MB": long_list,
+    "tar: folders without end": lambda: tar_of(*((member(f"f{n}", tarfile.DIRTYPE), b"") for n in range(3000)), mode="w:gz"),
     "an empty zip": lambda: zip_of(),
     "no bag": lambda: zip_of(("readme.txt", b"x")),
 }
@@ -226,6 +241,7 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written_outside(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(archive, "MOST_FILE", 2**21)
+    monkeypatch.setattr(archive, "MOST_ENTRIES", 1000)
     monkeypatch.setattr(archive, "MOST_BYTES", 2**22)
     where = tmp_path / "a" / "b"
     (where / "tmp").mkdir(parents=True)
@@ -335,7 +351,7 @@ def test_a_whole_bag_of_nonsense_is_one_line_and_no_verdict(
 def test_a_table_of_absurd_length_is_refused_before_it_is_read(
     runs_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.records.store.MOST_ROWS", 3)
+    monkeypatch.setitem(MOST_ROWS, "steps.parquet", 3)
     assert main(["--runs", str(runs_copy), "--report", str(tmp_path)]) == 2
     assert "rows of" in capsys.readouterr().err
 
@@ -350,3 +366,60 @@ def test_no_such_archive_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no bag in this archive"):
         archive.runs_in(tmp_path)
     assert main(["--bag", str(tmp_path / "none"), "--report", str(tmp_path)]) == 2
+
+
+# -- archives of archives, and what is missing ----------------------------------------------------------------------------
+
+
+def repacked(packed: Path, target: Path, edit: Callable[[str, bytes], tuple[str, bytes] | None]) -> Path:
+    """The archive with every file renamed, changed or (None) left out."""
+    with zipfile.ZipFile(packed) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            if kept := edit(entry.filename, old.read(entry)):
+                new.writestr(*kept)
+    return target
+
+
+def verdict_of(archive_file: Path, report_folder: Path) -> dict[str, object]:
+    main(["--bag", str(archive_file), "--report", str(report_folder)])
+    return json.loads((report_folder / "verdict.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_a_package_that_lacks_a_file_is_incomplete_not_fail(packed: Path, tmp_path: Path) -> None:
+    for left_out in ("report/index.html", "runs/fig9a-a100-sim/"):  # of a bag, the first of its trials' steps
+        dropped: list[str] = []
+
+        def edit(name: str, data: bytes, start: str = left_out, dropped: list[str] = dropped) -> tuple[str, bytes] | None:
+            if not dropped and name.startswith(start) and name.endswith(("html", "steps.parquet")):
+                dropped.append(name)
+                return None
+            return name, data
+
+        found = verdict_of(repacked(packed, tmp_path / "less.zip", edit), tmp_path / "report")
+        assert dropped
+        assert found["overall"] == "INCONCLUSIVE"
+        assert found["archive"]["integrity"] == [f"missing: {dropped[0]}"]  # type: ignore[index]
+
+
+def test_a_package_in_a_folder_is_checked_against_its_manifest(packed: Path, tmp_path: Path) -> None:
+    whole = repacked(packed, tmp_path / "whole.zip", lambda name, data: (f"a/package/{name}", data))
+    found = verdict_of(whole, tmp_path / "report")
+    assert found["archive"]["integrity"] == []  # type: ignore[index]
+    assert found["claims"] == verdict_of(packed, tmp_path / "report")["claims"]
+    changed = repacked(
+        packed, tmp_path / "new.zip", lambda n, data: (f"package/{n}", data + b" " if n == "report/verdict.json" else data)
+    )
+    found = verdict_of(changed, tmp_path / "report")
+    assert found["overall"] == "FAIL"
+    assert found["archive"]["integrity"] == ["changed: report/verdict.json"]  # type: ignore[index]
+
+
+def test_two_folders_of_runs_in_an_archive_are_refused_by_name(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = repacked(packed, tmp_path / "twice.zip", lambda name, data: (name, data))
+    with zipfile.ZipFile(packed) as old, zipfile.ZipFile(twice, "a") as new:
+        for entry in (entry for entry in old.infolist() if entry.filename.startswith("runs/")):
+            new.writestr(f"second/{entry.filename}", old.read(entry))
+    assert main(["--bag", str(twice), "--report", str(tmp_path / "report")]) == 2
+    assert "bags in 2 folders of runs: runs, second/runs" in capsys.readouterr().err

@@ -159,3 +159,18 @@ def test_the_bill_of_materials_is_valid_cyclonedx_and_names_the_environment(simu
 
     for name in ("numpy", "pydantic", "bagit", "pyyaml"):
         assert (name, metadata.version(name)) in named
+
+
+@pytest.mark.parametrize("gone", [*integrity.TAG_FILES, integrity.TAGS, "data/figure.yaml"])
+@pytest.mark.parametrize("name", ["plan.json", "steps.parquet"])
+def test_what_is_missing_hides_no_change(runs_copy: Path, gone: str, name: str) -> None:
+    bag = bag_of(runs_copy)
+    path = next(bag.glob(f"data/**/{name}"))
+    (bag / gone).unlink()
+    assert statuses(runs_copy) == {("INCONCLUSIVE", 2, "INCONCLUSIVE")}
+    path.write_bytes(path.read_bytes().replace(b"a100", b"h100").replace(b"waiting", b"wasting"))
+    if (gone, name) == ("manifest-sha256.txt", "plan.json"):
+        assert statuses(runs_copy) == {("INCONCLUSIVE", 2, "INCONCLUSIVE")}  # nothing is left that speaks of it
+    else:
+        assert statuses(runs_copy) == {("FAIL", 1, "FAIL")}
+        assert any(path.relative_to(bag).as_posix() in line for line in integrity.problems(bag))

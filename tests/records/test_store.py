@@ -104,7 +104,7 @@ def test_another_format_is_refused(tmp_path: Path, smoke_session: Session) -> No
     path = fill(Run(tmp_path / "run", IDENTITY), smoke_session)[0]
     text = (path / "trial.json").read_text().replace('"format": 1', '"format": 0')
     (path / "trial.json").write_text(text)
-    with pytest.raises(SpecError, match="record format 0; this version reads format 1"):
+    with pytest.raises(SpecError, match="format: got 0; allowed: record format 1, which this version reads"):
         read_trial(path)
 
 

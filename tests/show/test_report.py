@@ -36,6 +36,7 @@ def seal(runs: Path, figure: str, platform: str = "cpu") -> Path:
     bag.mkdir()
     run.open.rename(bag / "data")
     plan = {"figure": figure, "testbed": "cpu", "testbed_title": bed.title, "scale": 8, "platform": platform}
+    plan |= {"commit": {"commit": None, "modified": None}, "sessions": {}, "not_run": []}
     (bag / "data" / "plan.json").write_text(to_json(plan | {"identity": {"figure": figure}}))
     (bag / "tagmanifest-sha256.txt").write_text(f"{sha256(bag / 'data' / 'plan.json')}  stands for all\n")
     return bag
