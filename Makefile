@@ -136,7 +136,7 @@ preflight: $(BUILT)
 	@docker/preflight.sh run
 
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
-ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
+ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips conformance verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
 export TESTBED REPLICATES OUT BAG MODEL TBT_P99 TTFT_P50 QPS FIGURE TRIAL
@@ -286,9 +286,13 @@ test: $(VENV)/dev.stamp ## all tests but those of clusters and images, the real 
 test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 3 min
 	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest tests/cluster/test_cluster.py
 
+# What is compiled is counted where it runs as plain Python: what is short of the simulator's tests.
+PLAIN := tests/simulator/test_simulator.py -k 'by_hand or room or phases or limit or refus or percentiles or range'
+
 .PHONY: coverage
 coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by both, about 10 min; an error below 90 %
 	@$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report= --cov-fail-under=0
+	@NUMBA_DISABLE_JIT=1 $(PY) -m pytest $(PLAIN) --cov --cov-append --cov-report= --cov-fail-under=0
 	@$(PY) -m pytest -m cluster --cov --cov-append
 
 .PHONY: torture
@@ -298,6 +302,10 @@ torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 mi
 .PHONY: torture-nodes
 torture-nodes: $(VENV)/dev.stamp ## 20 random kills of whole nodes of a local Ray cluster, about 10 min: nothing lost or doubled
 	@NODE_KILLS=20 $(PY) -m pytest tests/cluster/test_cluster.py -k killed
+
+.PHONY: conformance
+conformance: $(VENV)/dev.stamp ## batches against vLLM's own scheduler on 3,000 random workloads, about 5 min
+	@WORKLOADS=3000 $(PY) -m pytest tests/simulator/test_scheduler.py -k vllm
 
 .PHONY: flips
 flips: $(VENV)/dev.stamp ## 1,000 random bit flips over whole bags: all found

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
 
 from analysis.advise.capacity import LOWEST, WORDS, Latency, Search, Setting
 from analysis.judge.stats import sample
@@ -19,7 +18,8 @@ from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings
 from experiments.spec.workload import Trace, serving_requests
 
-TIE = 0.02  # rates that differ by less are taken as equal: then the smaller chunk size, as its TBT is lower
+CLOSE = 0.04  # who is further behind on one seed is not looked at on the others: the arrivals are the same for all
+TIE = 0.02  # means over seeds that differ by less are taken as equal: then the smaller chunk size, as its TBT is lower
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,16 @@ class Case:
         sizes = [batch * 2**n for n in range(1, (last // batch).bit_length()) if batch * 2**n < last]
         return [Setting(size, batch) for size in (*sizes, last)]
 
+    def beside(self, setting: Setting) -> set[Setting]:
+        """The settings next to this one: chunk sizes half an octave apart, most requests in a step an octave."""
+        base, most = self.settings.max_batch, max(self.settings.max_model_len, self.calibration.valid.tokens)
+        octaves = [base * 2.0**n for n in range(-base.bit_length(), (most // base).bit_length())]
+        sizes = {int(size * part) for size in octaves for part in (1, 1.5)} | {self.settings.max_model_len, setting.budget}
+        near = [setting.budget, *around(setting.budget, sorted(sizes))]
+        batches = [setting.max_batch, setting.max_batch // 2, 2 * setting.max_batch]
+        pairs = {Setting(size, batch) for size in near for batch in batches if 1 <= batch <= base and 2 * batch <= size <= most}
+        return pairs - {setting}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -102,33 +112,63 @@ class Advice:
     per_seed: tuple[float, ...]
 
 
-def advise(case: Case, search: Search, limits: Latency) -> Advice:
-    """The setting with the highest capacity. Raises SpecError if none keeps the limits even one request at a time.
+# Setting, seed, what is expected, what is of interest (None: any) -> the higher the better, 0: of no interest.
+Score = Callable[[Setting, int, float, float | None], float]
 
-    A setting whose rate is not kept a little above the best so far needs no search of its own.
+
+def ranked(case: Case, score: Score, also: Sequence[Setting] = ()) -> list[Setting]:
+    """Chunk size x most requests in a step, from coarse to fine: the best first, then those nearly as good, if any is good.
+
+    On the first seed all of a coarse grid is looked at, then what is beside the best until nothing new is: the best is never
+    at the end of a grid. Who is CLOSE to it there is scored on every seed. Of those whose mean is within TIE of the highest the
+    best is the one with the smallest chunk size, as its TBT is lower.
     """
-    seed, sizes = case.seeds[0], case.settings_to_try()
+    seen: dict[Setting, float] = {}
+    first, *others = case.seeds
 
-    def climb(best: Option, settings: Sequence[Setting]) -> Option:
+    def look(settings: Iterable[Setting]) -> None:
         for setting in settings:
-            tie = 1 - TIE if setting < best.setting and setting.max_batch == best.setting.max_batch else 1 + TIE
-            if search.keeps(setting, best.rate * tie, limits, seed):
-                best = option(search, setting, limits, seed, best.rate or 1.0)
-        return best
+            if setting not in seen:
+                top = max(seen.values(), default=0.0)
+                seen[setting] = score(setting, first, top, (1 - CLOSE) * top)
 
-    middle = len(sizes) // 2 - 1  # searched first: most others then fail at its rate
-    best = climb(option(search, sizes[middle], limits, seed, 1.0), [*sizes[middle + 1 :], *reversed(sizes[:middle])])
-    if not best.rate:
-        alone = {setting: search.at(setting, LOWEST, seed) for setting in sizes}
+    sizes = sorted(case.settings_to_try(), key=lambda setting: abs(math.log(setting.budget / setting.max_batch / 8)))
+    look([*also, *sizes, *(Setting(setting.budget, setting.max_batch // 4) for setting in sizes if setting.max_batch >= 4)])
+    while fresh := case.beside(max(seen, key=lambda each: (seen[each], -each.budget))) - {
+        *seen
+    }:  # smaller ones if none is good
+        look(sorted(fresh))
+    top = max(seen.values())
+    near = [setting for setting, found in seen.items() if found and found >= (1 - CLOSE) * top]
+    logs = {each: [seen[each], *(score(each, seed, seen[each], None) for seed in others)] for each in near}
+    means = {each: math.prod(found) ** (1 / len(found)) for each, found in logs.items()}
+    least = (1 - TIE) * max(means.values(), default=0.0)
+    best = min((each for each in near if means[each] >= least), key=lambda each: (each.budget, -each.max_batch), default=None)
+    return sorted(near, key=lambda each: (each != best, -means[each]))
+
+
+def advise(case: Case, search: Search, limits: Latency, also: Sequence[Setting] = ()) -> Advice:
+    """The setting with the highest capacity, `also` these looked at. Raises SpecError if none keeps the limits even one request
+    at a time, or some keep them at any load."""
+
+    def score(setting: Setting, seed: int, expected: float, bar: float | None) -> float:
+        good = bar is None or search.keeps(setting, bar, limits, seed)
+        return search.capacity(setting, limits, seed, expected or 1.0).rate if good else 0.0
+
+    found = ranked(case, score, also)
+    if not found:
+        alone = {setting: loads[LOWEST] for (setting, _), loads in search.seen.items() if LOWEST in loads}
         raise _impossible(case, limits, ": no chunk size keeps that, even one request at a time", alone)
-    tried, batch = [setting.budget for setting in sizes], best.setting.max_batch
-    best = climb(best, [Setting((a + b) // 2, batch) for a, b in pairwise(tried) if best.setting.budget in (a, b)])
-    best = climb(best, [Setting(best.setting.budget, batch // part) for part in (2, 4) if batch >= part])
-    beside = [Setting(budget, best.setting.max_batch) for budget in around(best.setting.budget, tried)]
-    neighbours = tuple(option(search, setting, limits, seed, best.rate) for setting in beside)
-    rates = [best.rate, *(search.capacity(best.setting, limits, other, best.rate).rate for other in case.seeds[1:])]
-    slow, fast = model_error(case, search, best.setting, limits, best.rate)
-    return Advice(limits, None, "rate", best, neighbours, *interval(rates, slow / best.rate, fast / best.rate), tuple(rates))
+    best = option(case, search, found[0], limits)
+    if best.bound_by == "nothing":
+        words = f"kept at any load that {case.requests} requests make; tighter targets are needed, or a longer TRACE"
+        raise SpecError(f"{case.model}: {describe(limits)}: {words}")
+    swept = [setting.budget for setting in case.settings_to_try()]
+    sizes = [Setting(size, best.setting.max_batch) for size in around(best.setting.budget, swept)]
+    neighbours = tuple(option(case, search, setting, limits, best.rate) for setting in sizes)
+    rates = [search.capacity(best.setting, limits, seed, best.rate).rate for seed in case.seeds]
+    slow, fast = model_error(case, search, best.setting, limits, rates[0])
+    return Advice(limits, None, "rate", best, neighbours, *interval(rates, slow / rates[0], fast / rates[0]), tuple(rates))
 
 
 def around(budget: int, tried: Sequence[int]) -> list[int]:
@@ -136,11 +176,12 @@ def around(budget: int, tried: Sequence[int]) -> list[int]:
     return [*[size for size in tried if size < budget][-1:], *[size for size in tried if size > budget][:1]]
 
 
-def option(search: Search, setting: Setting, limits: Latency, seed: int, guess: float) -> Option:
-    """The capacity of a setting, and the latencies at the highest rate served that is not above it."""
-    capacity, seen = search.capacity(setting, limits, seed, guess), search.seen[setting, seed]
-    below = max((step for step in seen if search.rate(step) <= capacity.rate * 1.0001), default=min(seen))
-    return Option(setting, capacity.rate, capacity.bound_by, seen[below])
+def option(case: Case, search: Search, setting: Setting, limits: Latency, near: float = 1.0) -> Option:
+    """The capacity of a setting, mean over seeds; of the first seed, the latencies at the highest rate served not above it."""
+    found = [search.capacity(setting, limits, seed, near) for seed in case.seeds]
+    seen = search.seen[setting, case.seeds[0]]
+    below = max((step for step in seen if search.rate(step) <= found[0].rate * 1.0001), default=min(seen))
+    return Option(setting, interval([capacity.rate for capacity in found], 1.0, 1.0)[0], found[0].bound_by, seen[below])
 
 
 def model_error(case: Case, search: Search, setting: Setting, limits: Latency, rate: float) -> tuple[float, float]:
@@ -172,19 +213,28 @@ def advise_rate(case: Case, search: Search, limits: Latency, rate: float) -> Adv
 
     Raises SpecError if no setting keeps the limits there.
     """
-    goal = "tbt_p99" if math.isinf(limits.tbt_p99) else "ttft_p50"
-    seed, factor = case.seeds[0], 1 + case.calibration.error.held_out
-    seen = {setting: search.serve(setting, rate, seed) for setting in case.settings_to_try()}
-    kept = [setting for setting, came in seen.items() if came.within(limits)[0] <= 0]
-    if not kept:
-        raise _impossible(case, limits, f" at {rate:g} requests/s: no chunk size keeps that", seen)
-    top = min(getattr(seen[setting], goal) for setting in kept)
-    best = min(setting for setting in kept if getattr(seen[setting], goal) <= (1 + TIE) * top)
-    options = {s.budget: Option(s, rate if s in kept else 0.0, came.within(limits)[1], came) for s, came in seen.items()}
-    beside = tuple(options[size] for size in around(best.budget, [*options]))
-    values = [getattr(search.serve(best, rate, other), goal) for other in case.seeds]
-    slow, fast = (getattr(search.serve(best, rate * f, seed), goal) * f / values[0] for f in (factor, 1 / factor))
-    return Advice(limits, rate, goal, options[best.budget], beside, *interval(values, fast, slow), tuple(values))
+    goal, factor = "tbt_p99" if math.isinf(limits.tbt_p99) else "ttft_p50", 1 + case.calibration.error.held_out
+
+    @cache
+    def at(setting: Setting, seed: int) -> Latency:
+        return search.serve(setting, rate, seed)
+
+    def score(setting: Setting, seed: int, expected: float, bar: float | None) -> float:
+        return 1 / getattr(at(setting, seed), goal) if at(setting, seed).within(limits)[0] <= 0 else 0.0
+
+    def made(setting: Setting) -> Option:
+        excess, bound_by = at(setting, case.seeds[0]).within(limits)
+        return Option(setting, rate if excess <= 0 else 0.0, bound_by, at(setting, case.seeds[0]))
+
+    swept = case.settings_to_try()
+    if not (found := ranked(case, score)):
+        none = f" at {rate:g} requests/s: no chunk size keeps that"
+        raise _impossible(case, limits, none, {setting: at(setting, case.seeds[0]) for setting in swept})
+    best = found[0]
+    beside = [Setting(size, best.max_batch) for size in around(best.budget, [setting.budget for setting in swept])]
+    values = [getattr(at(best, seed), goal) for seed in case.seeds]
+    slow, fast = (getattr(search.serve(best, rate * f, case.seeds[0]), goal) * f / values[0] for f in (factor, 1 / factor))
+    return Advice(limits, rate, goal, made(best), tuple(map(made, beside)), *interval(values, fast, slow), tuple(values))
 
 
 def describe(limits: Latency) -> str:

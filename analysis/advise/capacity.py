@@ -127,7 +127,7 @@ class Search:
             return Capacity(self.rate(low), "nothing")
         below, (above, bound_by) = excess(low), self.at(setting, high, seed).within(limits)
         share = 0.0 if math.isinf(above) else -below / (above - below)
-        return Capacity(self.rate(low + share), bound_by)
+        return Capacity(self.rate(low + share * (high - low)), bound_by)
 
 
 def curve(search: Search, setting: Setting, limits: Latency, seed: int, targets: Sequence[float], near: float) -> list[float]:

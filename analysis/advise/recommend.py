@@ -19,7 +19,6 @@ from analysis.advise.advice import Advice, Case, advise, advise_rate, describe, 
 from analysis.advise.capacity import DELAY_LIMIT_S, WORDS, Latency, Search, Setting, curve, latency
 from analysis.show.plots import save
 from analysis.show.plots_capacity import capacity_figure
-from experiments.calibrate.here import calibrate, settings_of
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.engine.arguments import command_line, serving_arguments, serving_environment
 from experiments.machine.doctor import choose_testbed, problems
@@ -83,6 +82,8 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     settings = sessions[model].engine
     here = calibration_here(testbed.testbed, settings)
     if here is None and settings.calibration is None and make:
+        from experiments.calibrate.here import calibrate, settings_of  # not before: what fits takes long to import
+
         here = calibrate(*settings_of(testbed)[settings.model], testbed.testbed)
     name = str(here) if here else settings.calibration
     if name is None:
@@ -117,8 +118,8 @@ def show(case: Case, advice: Advice) -> None:
         view.add_row(str(option.setting.budget), str(option.setting.max_batch), kept, cost, WORDS[option.bound_by], *numbers)
     console.print(f"\n{what}: {words}", style="bold")
     console.print(view, soft_wrap=False)
-    keys = "batch: most requests in a step; QPS: capacity; P99 TBT and P50 TTFT about there"
-    console.print(f"SIMULATED, seed {case.seeds[0]}; {keys}")
+    keys = "batch: most requests in a step; QPS: capacity, mean over seeds; P99 TBT and P50 TTFT about there"
+    console.print(f"SIMULATED; {keys}, seed {case.seeds[0]}")
     console.print(f"evidence: {evidence(case)}")
     console.print(f"paste: {serve_arguments(case, best.setting)}")
 
