@@ -28,6 +28,7 @@ from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
 
 P = ParamSpec("P")
+RUNS = ROOT / "artifacts" / "runs"
 
 
 class _Console(Console):
@@ -63,8 +64,8 @@ OPTIONS = {
         "help": "a testbed's name or YAML file; auto: the best that this machine can run",
     },
     "trace": {"help": "CSV of request lengths, or a .json of vllm bench serve --save-detailed"},
-    "out": {"type": _path, "default": ROOT / "artifacts" / "runs", "help": "where runs are written"},
-    "runs": {"type": _path, "default": ROOT / "artifacts" / "runs", "help": "where runs are"},
+    "out": {"type": _path, "default": RUNS, "help": "where runs are written"},
+    "runs": {"type": _path, "default": RUNS, "help": "where runs are"},
     "report": {"type": _path, "default": ROOT / "artifacts" / "report", "help": "where results are written"},
 }
 VARIABLES = {"runs": "OUT", "tbt": "TBT_P99", "ttft": "TTFT_P50"}  # of make, where it is not the option in capitals
@@ -88,10 +89,10 @@ def arguments(module: str, about: str | None, *options: str) -> argparse.Argumen
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, --quiet and --json obeyed from here on. Raises SpecError, also where there is no folder of runs."""
+    """The options given, --quiet and --json obeyed from here on. Raises SpecError, also for a folder of runs that is not there."""
     options = parser.parse_args(argv)
     runs = getattr(options, "runs", None)
-    if runs and not runs.is_dir() and not getattr(options, "bag", None):
+    if runs and runs.absolute() != RUNS and not runs.is_dir():  # a fresh checkout has none, and nothing was mistyped
         raise SpecError(f"OUT: got {runs}; no such folder; make fig9a makes a first run in it")
     console.quiet, _wanted.json = options.quiet or options.json, options.json
     return options

@@ -378,6 +378,7 @@ def test_a_broken_bag_fails_with_status_1(copied: Path, tmp_path: Path) -> None:
 
 
 def test_no_run_at_all_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
     done = run_verify(tmp_path / "none", tmp_path / "report")
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1] == "NOT-RUN"
