@@ -68,10 +68,14 @@ def execute(plan: Plan) -> int:
         if failed:
             logs = "".join(f"; what they said: {path}" for path in sorted(plan.run.folder.glob("died-*.log")))
             console.print(f"the run is incomplete; the same command runs what is missing{logs}")
-        elif owed or plan.run.open.exists():
-            console.print(f"sealed {written(_seal(plan))}")
+        elif bag := _seal(plan):
+            console.print(f"sealed {written(bag)}")
         else:
             console.print(f"complete already: {', '.join(map(str, plan.run.bags()))}; nothing to do")
+        if not failed and (left := plan.run.open_trials()):
+            console.print(
+                f"not sealed: {len(left)} trials that this plan does not have, in {plan.run.open}; {plan.resuming(left)}"
+            )
         result(figure=plan.figure.figure, testbed=plan.testbed.testbed, bags=plan.run.bags(), missing=failed)
     return 1 if failed else 0
 
@@ -108,10 +112,14 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
             return failed
 
 
-def _seal(plan: Plan) -> Path:
+def _seal(plan: Plan) -> Path | None:
+    """Seal what was planned and is in no bag yet, and return the bag; None if all is sealed."""
     from experiments.records.crate import describe_run
 
-    files = sorted(plan.run.open.glob("trials/*/*/*"))
+    trials = [path for path in plan.run.open_trials() if (path.parent.name, path.name) in plan.trials]
+    if not trials:
+        return plan.run.seal([], {}, {})
+    files = sorted(file for path in trials for file in path.glob("*"))
     facts = [json.loads(path.read_text()) for path in files if path.name == "trial.json"]
     described = plan.describe()
     documents = {
@@ -123,17 +131,16 @@ def _seal(plan: Plan) -> Path:
     }
     if schedules := plan.run.schedules():
         documents["schedules.json"] = to_json(schedules)
-    if facts:
-        times = [fact[moment] for fact in facts for moment in ("started", "ended")]
-        listed = [path.relative_to(plan.run.open).as_posix() for path in files]
-        listed += [name for name in documents if name.endswith(".json")]
-        documents["ro-crate-metadata.json"] = describe_run(described, listed, times, facts[0]["engine"])
+    times = [fact[moment] for fact in facts for moment in ("started", "ended")]
+    listed = [path.relative_to(plan.run.open).as_posix() for path in files]
+    listed += [name for name in documents if name.endswith(".json")]
+    documents["ro-crate-metadata.json"] = describe_run(described, listed, times, facts[0]["engine"])
     info = {
         "Bagging-Date": datetime.now(UTC).date().isoformat(),
         "External-Description": f"{plan.figure.title}; {plan.testbed.title}",
         "External-Identifier": f"{plan.figure.figure}-{plan.testbed.testbed}-{plan.run.id}",
     }
-    return plan.run.seal(documents, info) or plan.run.bags()[-1]
+    return plan.run.seal(trials, documents, info)
 
 
 def _nodes(plan: Plan) -> list[Node]:

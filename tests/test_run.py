@@ -50,6 +50,67 @@ def test_more_replicates_make_a_second_bag_with_only_the_new_ones(tmp_path: Path
     assert {path.name.rsplit("seed", 1)[1] for path in bags[1].glob("data/trials/*")} == {"43", "44"}
 
 
+def interrupted_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is interrupted when it has stored so many trials."""
+    whole, written = Run.write_trial, list[str]()
+
+    def interrupted(self: Run, session: str, trial: str, *rest: object) -> Path:
+        if len(written) == count:
+            raise KeyboardInterrupt
+        written.append(trial)
+        return whole(self, session, trial, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "write_trial", interrupted)
+
+
+def seeds(bag: Path) -> set[str]:
+    return {path.name.rsplit("seed", 1)[1] for path in bag.glob("data/trials/*")}
+
+
+def test_half_done_replicates_are_not_sealed_with_the_planned_ones_and_complete_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        interrupted_after(20, patched)  # of 24; a session is a model and a seed, 6 trials
+        assert main(["fig9a", *SIM, "--replicates", "2", *out]) == 130
+    capsys.readouterr()
+    assert main(["fig9a", *SIM, "--replicates", "1", *out]) == 0
+    (bag,) = tmp_path.glob("fig9a-a100-sim/bag-*")
+    assert seeds(bag) == {"42"}
+    assert set(json.loads((bag / "data" / "plan.json").read_text())["sessions"]) == {p.name for p in bag.glob("data/trials/*")}
+    named = json.loads((bag / "data" / "ro-crate-metadata.json").read_text())["@graph"]
+    assert not [entry for entry in named if "seed43" in entry["@id"]]
+    printed = capsys.readouterr().out
+    assert "make fig9a TESTBED=a100-sim REPLICATES=2 adds them as a second bag" in printed
+    left = {path.parent.name: path for path in tmp_path.glob("fig9a-a100-sim/open-*/trials/*/*")}
+    assert left
+    assert all(name.endswith("seed43") for name in left)
+    assert main(["fig9a", *SIM, "--replicates", "1", *out]) == 0  # again: nothing changes
+    assert "not sealed: " in capsys.readouterr().out
+    assert main(["fig9a", *SIM, "--replicates", "2", *out]) == 0
+    assert seeds(max(tmp_path.glob("fig9a-a100-sim/bag-*"))) == {"43"}
+    assert not list(tmp_path.glob("fig9a-a100-sim/open-*"))
+
+
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+def test_a_third_look_is_refused_before_anything_is_measured(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    for replicates in ("1", "2"):
+        assert main(["fig9a", *SIM, "--replicates", replicates, *out]) == 0
+    before = files(tmp_path)
+    capsys.readouterr()
+    assert main(["fig9a", *SIM, "--replicates", "3", *out, *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: REPLICATES: got 3: ")
+    assert "its last look" in error
+    assert error.count("\n") == 1
+    assert files(tmp_path) == before
+    assert main(["fig9a", *SIM, "--replicates", "2", *out, *more]) == 0
+
+
 def test_plan_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fig9b", "--testbed", "a100", "--plan", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

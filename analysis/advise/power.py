@@ -90,7 +90,7 @@ def power(claims: Sequence[Claim], logs: Array, replicates: int) -> Power:
     """Probability of PASS at a first look, over draws of so many of the simulated seeds. logs: as logs_of gives them."""
     random = np.random.default_rng(1)
     draws = np.argsort(random.random((DRAWS, logs.shape[1])), axis=1)[:, :replicates]
-    verdicts = rule(claims, [Sample(own[draws]) for own in logs], looks=1).verdict == "PASS"
+    verdicts = rule(claims, [Sample(own[draws]) for own in logs]).verdict == "PASS"
     each = {claim.id: float(share) for claim, share in zip(claims, verdicts.mean(axis=0), strict=True)}
     return Power(each, float(verdicts.all(axis=1).mean()))
 

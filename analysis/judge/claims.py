@@ -198,17 +198,20 @@ class Decision(NamedTuple):
     needed: npt.NDArray[np.int64]  # replicates in all that would settle an INCONCLUSIVE at a last look, 0: not by repetition
 
 
-def rule(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> Decision:
+def rule(claims: Sequence[Claim], samples: Sequence[Sample], first: npt.NDArray[np.str_] | None = None) -> Decision:
     """The rule: t tests, Holm-adjusted over the claims of a figure, at the level of the look. The one that judges every run.
 
-    looks: 1, or 2 if replicates were added after a first look.
+    first: the verdicts of a first look, (..., claims), if replicates were added after it. What it settled stays settled, as its
+    level is spent; Holm counts the others alone (Maurer and Bretz, Statistics in Biopharmaceutical Research 5, 2013).
     """
     pairs = [p_values(claim, seen) for claim, seen in zip(claims, samples, strict=True)]
     p_pass, p_fail = (np.stack([pair[side] for pair in pairs], axis=-1) for side in (0, 1))
-    holds, fails = holm(p_pass), holm(p_fail)
-    level = LEVELS[looks - 1]
-    verdict = np.select([holds <= level, fails <= level], ["PASS", "FAIL"], "INCONCLUSIVE")
-    return Decision(p_pass, p_fail, holds, fails, verdict, _needed(claims, samples, verdict == "INCONCLUSIVE"))
+    level, before = (LEVELS[0], np.full(p_pass.shape, "INCONCLUSIVE")) if first is None else (LEVELS[1], first)
+    holds, fails = (holm(np.where(before == kept, 0.0, p)) for kept, p in (("PASS", p_pass), ("FAIL", p_fail)))
+    new = np.select([holds <= level, fails <= level], ["PASS", "FAIL"], "INCONCLUSIVE")
+    verdict = np.where(before == "INCONCLUSIVE", new, before)
+    needed = _needed(claims, samples, (verdict == "INCONCLUSIVE") & (first is None))  # a second look is the last
+    return Decision(p_pass, p_fail, holds, fails, verdict, needed)
 
 
 def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -224,9 +227,10 @@ def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.N
     return needed
 
 
-def judge(claims: Sequence[Claim], samples: Sequence[Sample], looks: int) -> list[dict[str, Any]]:
-    """Verdicts of the claims of one figure on one run, with every number behind them. looks: see rule."""
-    found = rule(claims, samples, looks)
+def judge(claims: Sequence[Claim], samples: Sequence[Sample], first: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Verdicts of the claims of one figure on one run, with every number behind them. first: see rule."""
+    found = rule(claims, samples, None if first is None else np.array(first))
+    looks = 1 if first is None else 2
     results = []
     for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
         low, high = map(float, seen.interval())
@@ -256,6 +260,8 @@ def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
         rule = f"published {published_ratio(claim):.3f}, margin {claim.margin:.0%}"
     else:
         rule = "claimed above 1" if claim.rule == "ordering" else f"claimed at most {claim.bound:g}"
-    needed = numbers["replicates_needed"]
-    advice = f"about {needed} replicates in all would settle it" if needed else "repetition alone will hardly settle it"
+    if needed := numbers["replicates_needed"]:
+        advice = f"about {needed} replicates in all would settle it"
+    else:
+        advice = "repetition alone will hardly settle it" if numbers["looks"] == 1 else "this was the last look"
     return f"{what}; {rule}" + (f"; {advice}" if verdict == "INCONCLUSIVE" else "")

@@ -84,11 +84,21 @@ def _arrivals(run: Run, late: int) -> Gate:
     return Gate("arrivals kept", not late, f"{late} trials inject later than their longest step; worst P99 {p99:.3f} s")
 
 
+def _planned(run: Run) -> Gate:
+    """Compared both ways: nothing missing, and nothing there that would make more replicates, or of one more, than planned."""
+    planned = {(session, trial) for session, trials in run.plan["sessions"].items() for trial in trials}
+    there = Counter((trial.facts["session"], trial.facts["trial"]) for trial in run.trials)
+    odd = {
+        "missing": planned - there.keys(),
+        "not planned": there.keys() - planned,
+        "there twice": {key for key, count in there.items() if count > 1},
+    }
+    told = [f"{len(keys)} {what}: {', '.join('/'.join(key) for key in sorted(keys)[:3])}" for what, keys in odd.items() if keys]
+    return Gate("trials as planned", not told, "; ".join(told) or f"{len(planned)} planned, each there once")
+
+
 def check(run: Run) -> list[Gate]:
     """Every gate of a run."""
-    planned = {(session, trial) for session, trials in run.plan["sessions"].items() for trial in trials}
-    absent = sorted("/".join(pair) for pair in planned - {(t.facts["session"], t.facts["trial"]) for t in run.trials})
-    absences = f"{len(absent)} of {len(planned)} trials missing{': ' if absent else ''}{', '.join(absent[:3])}"
     counts = sum((trial.seen.counts for trial in run.trials), Counter[str]())
     asked, got, cut = (counts[name] for name in ("output_tokens", "generated_tokens", "truncated"))
     hits, preempted, wrong = counts["cached_tokens"], counts["preempted"], counts["disordered"]
@@ -98,7 +108,7 @@ def check(run: Run) -> list[Gate]:
     shared = sum(count > 1 for count in Counter(process for process, *_ in served).values())
     unlike = differing(run)
     return [
-        Gate("every planned trial", not absent, absences),
+        _planned(run),
         Gate("requests finished", asked == got and not cut, f"{got} of {asked} tokens received, {cut} trials truncated"),
         _arrivals(run, counts["late"]),
         Gate("budget obeyed", not counts["over"], f"{counts['over']} steps above their chunk size"),

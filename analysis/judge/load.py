@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ class Run:
     bags: tuple[Path, ...]
     plan: dict[str, Any]
     trials: tuple[TrialRecord, ...] = field(repr=False)
-    aside: tuple[str, ...] = ()  # other runs of the same figure and testbed, set aside, and why
+    aside: tuple[str, ...] = ()  # other bags of the same figure and testbed, set aside, and why
+    earlier: Run | None = None  # what a first look saw, its bag alone, where replicates were added after it
 
     @property
     def title(self) -> str:
@@ -110,8 +111,15 @@ def _ended(bag: Path) -> str:
     return max((read_document(path, FACTS, f"{bag.name}: {path.name}")["ended"] for path in documents), default="")
 
 
+def _tags(bag: Path) -> bytes:
+    """What is alike only in copies of one bag: its tag manifest."""
+    path = bag / "tagmanifest-sha256.txt"
+    return path.read_bytes() if path.is_file() else bag.name.encode()
+
+
 def load_run(bags: list[Path]) -> Run:
-    """Join bags of one figure and testbed. Of several identities the newest is taken, the others are named.
+    """Join bags of one figure and testbed, in the order of their trials' times. Of several identities the newest is taken, and
+    a bag is taken once, however often it was copied; the others are named.
 
     Raises SpecError if there is no bag, for what is no record of ours, and if trials were made under conditions that must not
     be mixed.
@@ -119,18 +127,29 @@ def load_run(bags: list[Path]) -> Run:
     if not bags:
         raise SpecError("no finished run here; make fig9a makes one")
     plans = {bag: read_document(bag / "data" / "plan.json", PLAN, f"{bag.name}: plan.json") for bag in bags}
-    newest = max(bags, key=lambda bag: (_ended(bag), bag.stat().st_mtime_ns, bag.name)) if len(bags) > 1 else bags[0]
-    identity = plans[newest]["identity"]
-    unlike = {bag: [k for k, v in identity.items() if plan["identity"].get(k) != v] for bag, plan in plans.items()}
-    chosen = [bag for bag in bags if plans[bag]["identity"] == identity]
-    aside = tuple(f"{bag.name} differs in {', '.join(unlike[bag])}" for bag in bags if bag not in chosen)
-    paths = [path for bag in chosen for path in sorted(bag.glob("data/trials/*/*"))]
-    size = sum(file.stat().st_size for path in paths if (file := path / "trial.json").is_file())
-    if not paths or size > MOST_FACTS:
-        came = f"{len(paths)} trials, {size} bytes of trial.json"
+    ended = {bag: _ended(bag) for bag in bags} if len(bags) > 1 else {}
+    newest = max(bags, key=lambda bag: (ended[bag], bag.stat().st_mtime_ns, bag.name)) if ended else bags[0]
+    identity, chosen, aside = plans[newest]["identity"], list[Path](), list[str]()
+    for bag in sorted(bags, key=lambda bag: (ended.get(bag, ""), bag.name)):
+        unlike = [key for key, value in identity.items() if plans[bag]["identity"].get(key) != value]
+        if unlike:
+            aside.append(f"{bag.name} differs in {', '.join(unlike)}")
+        elif same := [other for other in chosen if _tags(other) == _tags(bag)]:
+            aside.append(f"{bag.name} is a copy of {same[0].name}")
+        else:
+            chosen.append(bag)
+    paths = {bag: sorted(bag.glob("data/trials/*/*")) for bag in chosen}
+    size = sum(file.stat().st_size for own in paths.values() for path in own if (file := path / "trial.json").is_file())
+    if not any(paths.values()) or size > MOST_FACTS:
+        came = f"{sum(map(len, paths.values()))} trials, {size} bytes of trial.json"
         raise SpecError(f"{chosen[-1].name}: {came}; allowed: at least one trial, at most {MOST_FACTS} bytes")
-    plan = plans[chosen[-1]]
-    return Run(plan["figure"], plan["testbed"], tuple(chosen), plan, tuple(load_trial(path, plan) for path in paths), aside)
+    by_bag = [tuple(load_trial(path, plans[bag]) for path in own) for bag, own in paths.items()]
+    trials, plan = tuple(trial for own in by_bag for trial in own), plans[chosen[-1]]
+    run = Run(plan["figure"], plan["testbed"], tuple(chosen), plan, trials, tuple(aside))
+    if len(chosen) == 1:
+        return run
+    first = replace(run, bags=run.bags[:1], plan=plans[chosen[0]], trials=by_bag[0], aside=())
+    return replace(run, earlier=first)
 
 
 def differing(run: Run) -> list[str]:

@@ -68,6 +68,10 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None) -> list[dict[str, Any]]:
     """One entry of verdict.json for each claim of the run's figure."""
+    first: dict[str, dict[str, Any]] | None = None  # what the first look decided, if this is the second
+    if run and run.earlier:
+        then = part | {"gates": [asdict(gate) for gate in gates.check(run.earlier)]}
+        first = {entry["id"]: entry for entry in decide(claims, then, run.earlier)}
     decided: list[dict[str, Any]] = []
     judged: list[tuple[rules.Claim, Any]] = []
     broken = "; ".join(f"gate broken: {gate['gate']} ({gate['detail']})" for gate in part["gates"] if not gate["ok"])
@@ -86,8 +90,23 @@ def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None)
         decided.append(entry)
     if run is None or not judged:
         return decided
-    verdicts = iter(rules.judge([claim for claim, _ in judged], [seen for _, seen in judged], len(run.bags)))
-    return [entry if "verdict" in entry else entry | next(verdicts) for entry in decided]
+    before = None if first is None else [_settled(first[claim.id]) or "INCONCLUSIVE" for claim, _ in judged]
+    verdicts = iter(rules.judge([claim for claim, _ in judged], [seen for _, seen in judged], before))
+    return [entry if "verdict" in entry else _kept(first, entry | next(verdicts)) for entry in decided]
+
+
+def _settled(entry: dict[str, Any]) -> str | None:
+    return entry["verdict"] if entry["verdict"] in ("PASS", "FAIL") else None
+
+
+def _kept(first: dict[str, dict[str, Any]] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a claim: that of the first look where it settled the claim, with the ratio over all replicates beside it."""
+    if first is None or not _settled(first[now["id"]]):
+        return now
+    then, numbers = first[now["id"]], now["numbers"]
+    everything = {name: numbers[name] for name in ("ratio", "low", "high", "replicates", "ratios")}
+    later = f"so the first look settled it; the ratio over all {numbers['replicates']} replicates is {numbers['ratio']:.3f}"
+    return then | {"reason": f"{then['reason']}; {later}", "numbers": then["numbers"] | {"all_replicates": everything}}
 
 
 def _entry(claim: rules.Claim) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from experiments.machine.gpus import check_gpu_memory, resources
 from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, saturation_throughput
 from experiments.records.provenance import commit, identity, machine, sha256
-from experiments.records.store import Run, read_trial
+from experiments.records.store import LOOKS, Run, read_trial
 from experiments.simulator.cost_model import CALIBRATIONS
 from experiments.simulator.estimate import session_seconds, simulated_saturations
 from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
@@ -75,11 +75,30 @@ class Plan:
         """Those that measure the saturation throughput included."""
         return [*self.saturation, *self.sessions]
 
+    @property
+    def trials(self) -> set[tuple[str, str]]:
+        """(session, trial) of all that is planned."""
+        return {(session.name, trial.name) for session in self.all_sessions for trial in session.trials}
+
     def owed(self) -> dict[str, list[str]]:
-        """Session -> trials that are not there yet."""
+        """Session -> trials that are not there yet. Raises SpecError if they would make one bag more than may be judged."""
+        bags = self.run.bags()
+        if len(bags) >= LOOKS and self.trials - self.run.sealed():
+            had = f"{self.run.folder} has {', '.join(bag.name for bag in bags)}, its last look"
+            raise SpecError(
+                f"REPLICATES: got {self.replicates or 'none'}: {had}; allowed: no more than it holds, or another OUT"
+            )
         done = self.run.complete()
         missing = {s.name: [t.name for t in s.trials if (s.name, t.name) not in done] for s in self.all_sessions}
         return {name: trials for name, trials in missing.items() if trials}
+
+    def resuming(self, trials: Sequence[Path]) -> str:
+        """What completes these open trials of more replicates."""
+        if len(self.run.bags()) >= LOOKS:
+            return "the run has had its last look, so nothing takes them; make clean removes them"
+        seeds = {json.loads((path / "trial.json").read_text())["seed"] for path in trials}
+        needed = 1 + max(self.figure.seeds.index(seed) for seed in seeds)
+        return f"make {self.figure.figure} TESTBED={self.testbed.testbed} REPLICATES={needed} adds them as a second bag"
 
     def _fixed_machines(self) -> dict[str, str]:
         """Model -> the type of machine that its finished trials are of: the others must be of it too."""

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from experiments.records.record import RECORD_FORMAT, REQUEST_COLUMNS, STEP_COLU
 from experiments.records.whole import contradiction
 
 MANIFEST = "manifest-sha256.txt"
+LOOKS = 2  # bags that may be joined: what is judged at more looks than a rule allows for is right too rarely
+Key = tuple[str, str]  # of a trial: session, trial
 # Of a table. A simulated trial at the paper's scale has 70,000 steps and half a million tokens; it then takes 100 MB to judge.
 MOST_ROWS = {"requests.csv": 200_000, "steps.parquet": 2_000_000, "tokens.parquet": 5_000_000}
 ROW_BYTES = 160  # of requests.csv; numbers as we write them take 120
@@ -83,11 +85,18 @@ class Run:
         self.open = folder / f"open-{self.id}"
 
     def bags(self) -> list[Path]:
-        """Sealed bags of this identity, oldest first."""
-        return sorted(self.folder.glob(f"bag-{self.id}-*"), key=_number)
+        """Sealed bags of this identity, oldest first; a copy by another name is none of them."""
+        found = [path for path in self.folder.glob(f"bag-{self.id}-*") if path.name.rsplit("-", 1)[1].isdecimal()]
+        return sorted(found, key=_number)
 
-    def _sealed(self) -> set[tuple[str, str]]:
-        return {(path.parent.name, path.name) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
+    def sealed(self) -> set[Key]:
+        """(session, trial) of every trial in a bag."""
+        return {_key(path) for bag in self.bags() for path in bag.glob("data/trials/*/*")}
+
+    def open_trials(self) -> list[Path]:
+        """Trials that are in no bag yet."""
+        sealed = self.sealed()
+        return [path for path in sorted(self.open.glob("trials/*/*")) if _key(path) not in sealed]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -108,12 +117,12 @@ class Run:
         finally:
             os.close(handle)
 
-    def complete(self) -> set[tuple[str, str]]:
+    def complete(self) -> set[Key]:
         """(session, trial) of every trial already there, sealed or not; what is damaged is set aside and does not count."""
-        done = self._sealed()
-        for path in sorted(self.open.glob("trials/*/*")):
+        done = self.sealed()
+        for path in self.open_trials():
             if trial_is_whole(path):
-                done.add((path.parent.name, path.name))
+                done.add(_key(path))
             else:
                 path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=self.open)) / path.name)
         return done
@@ -166,12 +175,14 @@ class Run:
         with (self.folder / f"died-{session}.log").open("a", encoding="utf-8") as file:
             file.write(f"{text.rstrip()}\n\n")
 
-    def seal(self, documents: Mapping[str, str], info: Mapping[str, str]) -> Path | None:
-        """Seal the open trials as a bag and return it; None if there are none. `documents`: further payload, name -> text."""
+    def seal(self, trials: Sequence[Path], documents: Mapping[str, str], info: Mapping[str, str]) -> Path | None:
+        """Seal these open trials as a bag and return it; None if there are none. Others stay open.
+
+        documents: further payload, name -> text.
+        """
         import bagit
 
-        sealed, bags = self._sealed(), self.bags()
-        trials = [path for path in self.open.glob("trials/*/*") if (path.parent.name, path.name) not in sealed]
+        bags = self.bags()
         if trials:
             temporary = self.folder / f".seal-{self.id}"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -186,8 +197,17 @@ class Run:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             _sync(self.folder)
-        shutil.rmtree(self.open, ignore_errors=True)
+        sealed, left = self.sealed(), self.open_trials()
+        done = [path for path in self.open.glob("trials/*/*") if _key(path) in sealed] if left else [self.open]
+        for path in done:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.open.glob("schedule-*.json") if trials else ():  # they are in the bag
+            path.unlink()
         return self.bags()[-1] if trials else None
+
+
+def _key(trial: Path) -> Key:
+    return trial.parent.name, trial.name
 
 
 def _number(bag: Path) -> int:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.judge.claims import Claim, load_claims, published_ratio, rule
-from analysis.judge.stats import LEVELS, MOST_REPLICATES, Array, Sample, replicates_needed
+from analysis.judge.stats import LEVELS, MOST_REPLICATES, Array, Sample, holm, replicates_needed
 from experiments.records.provenance import ROOT
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
@@ -90,10 +90,11 @@ def experiments() -> Iterator[Experiment]:
             ratio = turn * (factor or 1 / (1 + claim.margin))
             yield Experiment(claim.rule, effect, (claim,), (ratio,), ("" if factor == 1.0 else "PASS" if holds else "FAIL",))
     eight = tuple(claim for claim in by_id.values() if claim.figure == "fig9b")
-    for real in (0, 4):
+    for real, ratio in ((0, 1.25), (4, 1.25), (8, 1.1)):
         rest = len(eight) - real
-        truth = (1.25,) * real + (1.0,) * rest, ("PASS",) * real + ("",) * rest
-        yield Experiment(f"{len(eight)} orderings", f"25 % in {real}, none in {rest}", eight, *truth)
+        truth = (ratio,) * real + (1.0,) * rest, ("PASS",) * real + ("",) * rest
+        effect = f"{100 * (ratio - 1):.0f} % in {real}" + (f", none in {rest}" if rest else "")
+        yield Experiment(f"{len(eight)} orderings", effect, eight, *truth)
 
 
 def cells(count: int, seed: int, laws: Sequence[str] = LAWS, rules: Sequence[str] = ()) -> pd.DataFrame:
@@ -102,6 +103,7 @@ def cells(count: int, seed: int, laws: Sequence[str] = LAWS, rules: Sequence[str
     rules: names of experiments, all if empty.
     A second look is taken by whoever finds a first one INCONCLUSIVE: at the replicates that it advises, at twice as many if it
     advises none. advised, settled: the median advice, and how often a second look that followed advice gave the right verdict.
+    taken_back: of second looks after a PASS of any claim, how many would take one back if they judged every claim anew.
     """
     rows = []
     for number, (law, sigma, n) in enumerate(itertools.product(laws, NOISE, REPLICATES)):
@@ -117,18 +119,28 @@ def _looks(experiment: Experiment, errors: Array, n: int) -> Iterator[dict[str, 
     def seen(which: slice | npt.NDArray[np.bool_], total: int) -> list[Sample]:
         return [Sample(math.log(ratio) + error[which, :total]) for ratio, error in zip(experiment.ratios, errors, strict=True)]
 
-    first = rule(experiment.claims, seen(slice(None), n), 1)
+    first = rule(experiment.claims, seen(slice(None), n))
     yield {"looks": 1, **_rates(experiment, first.verdict)}
     verdict, unsettled = first.verdict.copy(), (first.verdict == "INCONCLUSIVE").any(axis=-1)
+    passed, anew = first.verdict == "PASS", first.verdict == "PASS"
     advice = first.needed.max(axis=-1)
     wanted = np.where(advice > 0, advice, min(2 * n, MOST_REPLICATES))
     for total in np.unique(wanted[unsettled]):
         here = unsettled & (wanted == total)
-        verdict[here] = rule(experiment.claims, seen(here, total), 2).verdict
+        second = rule(experiment.claims, seen(here, total), first.verdict[here])
+        verdict[here], anew[here] = second.verdict, holm(second.p_pass) <= LEVELS[-1]
+    followed = unsettled & passed.any(axis=-1)
+    back = float((passed & ~anew)[followed].any(axis=-1).mean()) if followed.sum() > 100 else math.nan
     advised = unsettled & (advice > 0)
     settled = verdict[advised][:, 0] == experiment.right[0]
     extra = {"advised": float(np.median(advice[advised])), "settled": float(settled.mean())} if advised.sum() > 100 else {}
-    yield {"looks": 2, **_rates(experiment, verdict, first.verdict), **extra, "follow": float(advised.mean())}
+    yield {
+        "looks": 2,
+        **_rates(experiment, verdict, first.verdict),
+        **extra,
+        "follow": float(advised.mean()),
+        "taken_back": back,
+    }
 
 
 def _rates(experiment: Experiment, *looks: npt.NDArray[np.str_]) -> dict[str, float]:
@@ -203,6 +215,15 @@ def _advice(table: pd.DataFrame) -> str:
     return _markdown(headings, rows)
 
 
+def _taken_back(table: pd.DataFrame) -> str:
+    rows = []
+    two = table[table["rule"].str.contains(" orderings") & (table["law"] == "normal") & (table["looks"] == 2)]
+    for (effect, sigma), group in two[two["power"].notna()].groupby(["effect", "noise"]):
+        cell = group.set_index("replicates")["taken_back"]
+        rows.append((effect, f"{sigma:.0%}", *("-" if math.isnan(cell[n]) else f"{cell[n]:.0%}" for n in REPLICATES)))
+    return _markdown(("effect", "noise", *(f"{n} replicates" for n in REPLICATES)), rows)
+
+
 def _unprotected(table: pd.DataFrame) -> str:
     groups = table[table["rule"] == "ordering"].groupby(["law", "looks"], sort=False)[["wrong_pass", "wrong_fail"]].max()
     rows = [(*key, *(f"{worst:.1%}" for worst in row)) for key, row in zip(groups.index, groups.to_numpy(), strict=True)]
@@ -220,6 +241,8 @@ def describe(table: pd.DataFrame, unprotected: pd.DataFrame, count: int, seed: i
         f"At 10 %, 5 % and 6 replicates, first look: {required_power(table):.1%}; at least {POWER:.0%} is wanted.\n",
         'The advice "about N replicates would settle it" of a first look at 5 replicates, and what following it gave:\n',
         _advice(table),
+        "What the rule avoids: second looks at eight orderings that would take back a PASS of the first if they judged anew:\n",
+        _taken_back(table),
         "What no test over replicates protects from, orderings; these are outside the limits:\n",
         _unprotected(unprotected),
     )

@@ -24,15 +24,48 @@ def test_study_and_verifier_decide_alike() -> None:
     """Thousands of experiments at once get the verdicts, numbers and advice that judge gives each of them alone."""
     rng = np.random.default_rng(5)
     for experiment in study.experiments():
-        for looks, n in ((1, 3), (1, 6), (2, 10)):
+        first = None
+        for n in (3, 6, 10):  # the last one after replicates were added to the six
             errors = study.noise("heavy tails", 0.05, (len(experiment.claims), 40, n), rng)
             logs = [math.log(ratio) + error for ratio, error in zip(experiment.ratios, errors, strict=True)]
-            found = claims.rule(experiment.claims, [Sample(values) for values in logs], looks)
+            before = first if n == 10 else None
+            found = claims.rule(experiment.claims, [Sample(values) for values in logs], before)
+            first = found.verdict
             for number in range(40):
-                one = claims.judge(experiment.claims, [sample(np.exp(values[number]).tolist()) for values in logs], looks)
+                samples = [sample(np.exp(values[number]).tolist()) for values in logs]
+                one = claims.judge(experiment.claims, samples, None if before is None else before[number].tolist())
                 assert [entry["verdict"] for entry in one] == found.verdict[number].tolist()
                 assert [entry["numbers"]["replicates_needed"] or 0 for entry in one] == found.needed[number].tolist()
                 assert [entry["numbers"]["p_pass"] for entry in one] == pytest.approx(found.p_pass[number])
+
+
+def test_what_a_first_look_settled_stays_settled_and_the_others_share_what_is_left() -> None:
+    eight = next(e for e in study.experiments() if e.name == "8 orderings").claims
+    ratios = np.array([1.01, 0.99, 1.02, 0.98, 1.0, 1.015])
+    strong, weak, none = (sample((ratio * ratios).tolist()) for ratio in (1.25, 1.035, 1.0))
+    p_weak = float(claims.p_values(eight[0], weak)[0])
+    assert 0.005 / 8 < p_weak < 0.005 / 3
+    first = ["PASS"] * 5 + ["FAIL"] + ["INCONCLUSIVE"] * 2
+    found = claims.judge(eight, [none] * 6 + [weak, none], first)
+    assert [entry["verdict"] for entry in found] == ["PASS"] * 5 + ["FAIL", "PASS", "INCONCLUSIVE"]
+    # A claim that failed was not rejected among those that may pass, so it still counts there: three, not two.
+    assert found[6]["numbers"]["p_pass_adjusted"] == pytest.approx(3 * p_weak)
+    assert {entry["numbers"]["level"] for entry in found} == {0.005}
+    assert [entry["verdict"] for entry in claims.judge(eight, [none] * 6 + [weak, none], ["INCONCLUSIVE"] * 8)] == [
+        "INCONCLUSIVE"
+    ] * 8
+    assert claims.judge(eight, [strong] * 8, ["FAIL"] * 8)[0]["verdict"] == "FAIL"
+
+
+def test_a_last_look_advises_no_more_replicates() -> None:
+    eight = next(e for e in study.experiments() if e.name == "8 orderings").claims
+    unsure = [sample([1.05, 1.15, 1.08, 1.02, 1.2])] * 8
+    first = claims.judge(eight, unsure)
+    assert all("replicates in all would settle it" in entry["reason"] for entry in first)
+    for entry in claims.judge(eight, unsure, ["INCONCLUSIVE"] * 8):
+        assert entry["verdict"] == "INCONCLUSIVE"
+        assert entry["numbers"]["replicates_needed"] is None
+        assert entry["reason"].endswith("this was the last look")
 
 
 def test_every_rule_is_studied_at_its_margin_on_both_sides() -> None:

@@ -21,6 +21,7 @@ from experiments.records.provenance import ROOT
 from experiments.records.record import Record
 from experiments.records.store import Run as Store
 from experiments.records.store import to_json
+from experiments.run import main
 from experiments.spec.expand import expand
 from experiments.spec.spec import load_figure, load_testbed
 
@@ -191,7 +192,7 @@ def without_a_pass(run: Run) -> Run:
 
 
 BROKEN: dict[str, Callable[[Run], Run]] = {
-    "every planned trial": without_a_pass,
+    "trials as planned": without_a_pass,
     "platform of the testbed": lambda run: dataclasses.replace(run, plan={**run.plan, "platform": "simulated"}),
     "points as named": lambda run: change(run, relabelled),
     "requests finished": lambda run: change(run, edit_table("requests", "generated_tokens", 0)),
@@ -219,6 +220,19 @@ def test_each_gate_alone_makes_its_claims_inconclusive(name: str) -> None:
     assert all(f"gate broken: {name}" in entry["reason"] for entry in found.values())
 
 
+@pytest.mark.parametrize("how", ["twice", "more than planned"])
+def test_a_trial_that_was_not_planned_or_is_there_twice_is_no_replicate(how: str) -> None:
+    run = synthetic_run(GOOD, replicates=3)
+    if how == "twice":
+        more = dataclasses.replace(run, trials=(*run.trials, run.trials[3]))
+        said = f"1 there twice: {run.trials[3].facts['session']}/{run.trials[3].facts['trial']}"
+    else:
+        more = dataclasses.replace(run, plan=synthetic_run(GOOD, replicates=2).plan)
+        said = "12 not planned: mistral-7b-seed44/pass-0, mistral-7b-seed44/pass-0-repeat, mistral-7b-seed44/pass-1"
+    (broken,) = [gate for gate in gates.check(more) if not gate.ok]
+    assert (broken.gate, broken.detail) == ("trials as planned", said)
+
+
 def test_a_token_before_its_predecessor_breaks_the_clock() -> None:
     run = change(serving_run(replicates=2), edit_table("tokens", "time_s", 0.0))
     assert [gate.gate for gate in gates.check(run) if not gate.ok] == ["clock monotonic"]
@@ -226,7 +240,8 @@ def test_a_token_before_its_predecessor_breaks_the_clock() -> None:
 
 def test_a_session_without_its_repetition_is_not_trusted() -> None:
     whole = synthetic_run(GOOD, replicates=2)
-    plan = {**whole.plan, "sessions": {}}
+    first_only = {name: [t for t in trials if not t.endswith("-repeat")] for name, trials in whole.plan["sessions"].items()}
+    plan = {**whole.plan, "sessions": first_only}
     run = dataclasses.replace(whole, plan=plan, trials=tuple(trial for trial in whole.trials if not trial.repeat))
     assert [gate.gate for gate in gates.check(run) if not gate.ok] == ["first trial repeated"]
 
@@ -243,10 +258,36 @@ def test_a_truncated_trial_is_not_complete() -> None:
 
 
 def test_a_first_look_leaves_some_of_the_level_for_a_last_one() -> None:
-    run = synthetic_run(GOOD)
-    second = dataclasses.replace(run, bags=run.bags * 2)
-    assert {entry["numbers"]["level"] for entry in entries(run) if entry["verdict"] == "PASS"} == {0.02}
-    assert {entry["numbers"]["level"] for entry in entries(second) if entry["verdict"] == "PASS"} == {0.005}
+    first, both = synthetic_run(GOOD, replicates=1), synthetic_run(GOOD)
+    assert {entry["numbers"]["level"] for entry in entries(both) if entry["verdict"] == "PASS"} == {0.02}
+    second = [entry for entry in entries(two_looks(first, both)) if entry["verdict"] == "PASS"]
+    assert {(entry["numbers"]["level"], entry["numbers"]["replicates"]) for entry in second} == {(0.005, 5)}
+
+
+def two_looks(first: Run, both: Run) -> Run:
+    """The run of both, of which `first` was there at a first look."""
+    return dataclasses.replace(both, bags=(*first.bags, Path("bag-00000000-2")), earlier=first)
+
+
+def test_a_second_look_takes_nothing_back_that_the_first_settled() -> None:
+    """Two replicates more that say the opposite: over all five nothing would pass."""
+    passed, failed = synthetic_run(GOOD, replicates=3), synthetic_run(by_chunk("cpu", 1.0, 1.4, 1.6), replicates=3)
+    for first, verdict in ((passed, "PASS"), (failed, "FAIL")):
+        added = [t for t in synthetic_run(by_chunk("cpu", 0.2, 1, 5), replicates=5).trials if t.facts["seed"] > 44]
+        both = dataclasses.replace(synthetic_run(GOOD), trials=(*first.trials, *added))
+        assert {e["verdict"] for e in entries(both) if e["scope"].count("cpu")} == {"INCONCLUSIVE"}
+        found = [entry for entry in entries(two_looks(first, both)) if entry["verdict"] != "NOT-APPLICABLE"]
+        assert {entry["verdict"] for entry in found} == {verdict}
+        for entry in found:
+            assert "so the first look settled it; the ratio over all 5 replicates is" in entry["reason"]
+            assert (entry["numbers"]["looks"], entry["numbers"]["level"], entry["numbers"]["replicates"]) == (1, 0.02, 3)
+            assert len(entry["numbers"]["all_replicates"]["ratios"]) == 5
+
+
+def test_a_first_look_whose_gates_broke_settled_nothing() -> None:
+    first = change(synthetic_run(GOOD, replicates=3), noisy_probe, every=True)
+    found = entries(two_looks(first, synthetic_run(GOOD)))
+    assert {(e["verdict"], e["numbers"]["level"]) for e in found if e["verdict"] != "NOT-APPLICABLE"} == {("PASS", 0.005)}
 
 
 def test_a_model_that_was_not_run() -> None:
@@ -294,7 +335,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             store.write_trial(result.session, result.trial, result.facts, result.record)
     plan = {**synthetic_run(GOOD, replicates=2).plan, "identity": store.identity}
-    store.seal({"plan.json": to_json(plan)}, {"External-Identifier": "test"})
+    store.seal(store.open_trials(), {"plan.json": to_json(plan)}, {"External-Identifier": "test"})
     return runs
 
 
@@ -394,10 +435,46 @@ def test_runs_of_different_code_are_not_mixed(copied: Path) -> None:
     result = next(run_session(session, ["pass-0"], FakeEngine))
     other.write_trial(result.session, result.trial, result.facts, result.record)
     plan = json.loads((bag / "data" / "plan.json").read_text()) | {"identity": other.identity}
-    other.seal({"plan.json": to_json(plan)}, {})
+    other.seal(other.open_trials(), {"plan.json": to_json(plan)}, {})
     result_json = verify(copied)
     assert result_json["runs"][0]["aside"] == [f"{bag.name} differs in experiments"]
     assert isinstance(result.record, Record)
+
+
+@pytest.mark.parametrize("name", ["{}.orig", "{}-copy", "bag-00000000-2"])
+def test_a_copy_beside_a_bag_is_no_second_look(copied: Path, name: str) -> None:
+    bag, alone = bag_of(copied), verify(copied)
+    copy = bag.with_name(name.format(bag.name))
+    shutil.copytree(bag, copy)
+    found = verify(copied)
+    assert found["claims"] == alone["claims"]
+    assert found["runs"][0]["gates"] == alone["runs"][0]["gates"]
+    first, second = sorted((bag.name, copy.name))
+    assert found["runs"][0]["aside"] == [f"{second} is a copy of {first}"]
+
+
+def test_a_second_bag_is_a_second_look_whatever_the_bags_are_called(tmp_path: Path) -> None:
+    """Of nine claims on the paper's scale the first look settles some; those it settled are judged by its bag alone."""
+    out = ["--testbed", "a100-sim", "--out", str(tmp_path)]
+    assert main(["fig9a", *out, "--replicates", "3"]) == 0
+    first = verify(tmp_path)
+    assert main(["fig9a", *out, "--replicates", "4"]) == 0
+    one, two = sorted(tmp_path.glob("*/bag-*"))
+    both = verify(tmp_path)
+    one.rename(one.with_name("bag-z"))
+    two.rename(two.with_name("bag-a"))
+    assert verify(tmp_path)["claims"] == both["claims"]
+    assert [gate for gate in both["runs"][0]["gates"] if not gate["ok"]] == []
+    settled = {entry["id"]: entry for entry in first["claims"] if entry["verdict"] in ("PASS", "FAIL")}
+    assert settled
+    for entry in both["claims"]:
+        if entry["id"] in settled:
+            assert entry["verdict"] == settled[entry["id"]]["verdict"]
+            assert entry["numbers"]["ratios"] == settled[entry["id"]]["numbers"]["ratios"]
+            assert len(entry["numbers"]["all_replicates"]["ratios"]) == 4
+        elif entry["verdict"] == "INCONCLUSIVE":
+            assert entry["numbers"]["looks"] == 2
+            assert entry["reason"].endswith("this was the last look")
 
 
 def test_a_model_on_two_types_of_machine_is_named_and_two_models_on_one_each_are_not() -> None:

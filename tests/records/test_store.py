@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,25 +48,52 @@ def test_a_trial_comes_back_as_it_was_written(tmp_path: Path, smoke_session: Ses
 def test_a_sealed_run_is_a_valid_bag_and_never_changes(tmp_path: Path, smoke_session: Session) -> None:
     run = Run(tmp_path / "run", IDENTITY)
     fill(run, smoke_session)
-    bag = run.seal({"plan.json": "{}\n"}, {"External-Identifier": "x"})
+    bag = run.seal(run.open_trials(), {"plan.json": "{}\n"}, {"External-Identifier": "x"})
     assert bag is not None
     bagit.Bag(str(bag)).validate()
     assert subprocess.run(["sha256sum", "--quiet", "-c", "manifest-sha256.txt"], cwd=bag, check=False).returncode == 0
     assert not run.open.exists()
     assert run.complete() == {(smoke_session.name, trial.name) for trial in smoke_session.trials}
     before = files(tmp_path)
-    assert run.seal({}, {}) is None
+    assert run.seal(run.open_trials(), {}, {}) is None
     assert files(tmp_path) == before
 
 
 def test_more_replicates_make_a_second_bag(tmp_path: Path, smoke_session: Session) -> None:
     run = Run(tmp_path / "run", IDENTITY)
     fill(run, smoke_session)
-    run.seal({}, {})
+    run.seal(run.open_trials(), {}, {})
     result = next(run_session(smoke_session, ["pass-0"], FakeEngine))
     run.write_trial("another", "pass-0", result.facts, result.record)
-    run.seal({}, {})
+    run.seal(run.open_trials(), {}, {})
     assert [bag.name for bag in run.bags()] == [f"bag-{run.id}-1", f"bag-{run.id}-2"]
+
+
+def test_only_what_is_asked_for_is_sealed_and_the_rest_stays_open(tmp_path: Path, smoke_session: Session) -> None:
+    run = Run(tmp_path / "run", IDENTITY)
+    fill(run, smoke_session)
+    result = next(run_session(smoke_session, ["pass-0"], FakeEngine))
+    rest = run.write_trial("another", "pass-0", result.facts, result.record)
+    run.note_schedule({"planned": "now"})
+    before = {path: path.read_bytes() for path in rest.iterdir()}
+    bag = run.seal([path for path in run.open_trials() if path != rest], {}, {})
+    assert bag is not None
+    assert {path.name for path in bag.glob("data/trials/*")} == {smoke_session.name}
+    assert run.open_trials() == [rest]
+    assert {path: path.read_bytes() for path in rest.iterdir()} == before
+    assert run.schedules() == []  # they are in the bag
+    assert ("another", "pass-0") in run.complete()
+
+
+def test_a_copy_of_a_bag_by_another_name_is_no_bag_of_the_run(tmp_path: Path, smoke_session: Session) -> None:
+    run = Run(tmp_path / "run", IDENTITY)
+    fill(run, smoke_session)
+    bag = run.seal(run.open_trials(), {}, {})
+    assert bag is not None
+    for name in (f"{bag.name}.orig", f"bag-{run.id}-old", f"{bag.name}-copy"):
+        shutil.copytree(bag, run.folder / name)
+    assert run.bags() == [bag]
+    assert run.complete() == {(smoke_session.name, trial.name) for trial in smoke_session.trials}
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -125,7 +153,7 @@ with run.locked():
     for result in run_session(session, owed, FakeEngine):
         run.write_trial(result.session, result.trial, result.facts, result.record)
         print("ran", result.trial, flush=True)
-    run.seal({{"plan.json": "{{}}"}}, {{}})
+    run.seal(run.open_trials(), {{"plan.json": "{{}}"}}, {{}})
 """
 
 
