@@ -89,7 +89,7 @@ def arguments(module: str, about: str | None, *options: str) -> argparse.Argumen
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, --quiet and --json obeyed from here on. Raises SpecError, also for a folder of runs that is not there."""
+    """The options given, --quiet and --json obeyed from here on. Raises SpecError, also for a missing folder of runs."""
     options = parser.parse_args(argv)
     runs = getattr(options, "runs", None)
     if runs and runs.absolute() != RUNS and not runs.is_dir():  # a fresh checkout has none, and nothing was mistyped
