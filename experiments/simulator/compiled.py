@@ -57,6 +57,6 @@ def compiled(function: Function) -> Function:
         return function
     folder, others = cache_folder(), numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(folder or "")
-    made: Function = numba.njit(cache=folder is not None)(function)
+    made: Function = numba.njit(cache=folder is not None, error_model="numpy")(function)  # no test for a zero before a division
     numba.config.CACHE_DIR = others
     return made

@@ -174,7 +174,8 @@ def percentile(gaps: npt.NDArray[Any], share: float) -> float:
     count = int(gaps["count"].sum())
     if not count:
         return 0.0
-    longest = gaps[gaps["seconds"] >= np.quantile(gaps["seconds"], 1 - 4 * (1 - share))]  # they nearly always suffice
+    at = int((4 * share - 3) * len(gaps))
+    longest = gaps[gaps["seconds"] >= np.partition(gaps["seconds"], at)[at]]  # four times the share: they nearly always suffice
     gaps = longest if longest["count"].sum() > (1 - share) * count + 1 else gaps
     gaps = gaps[np.argsort(gaps["seconds"])]
     reached, place = np.cumsum(gaps["count"]) + count - gaps["count"].sum(), share * (count - 1)

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.records.errors import SpecError
 from experiments.records.metrics import serving_metrics
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Request
-from experiments.simulator import simulator
+from experiments.simulator import scheduler, simulator
 from experiments.simulator.cost_model import (
     Attention,
     Calibration,
@@ -293,3 +295,10 @@ def test_percentiles_of_single_tokens() -> None:
     """No request has two tokens: there is no gap between them."""
     engine = SimulatedEngine(SETTINGS, TOY, seed=1)
     assert engine.percentiles(engine.requests(Phase(64, (Request(1.0, 64, 1),))))[0] == 0.0
+
+
+@given(seen=st.lists(st.tuples(st.floats(0.0, 9.0), st.integers(0, 40)), max_size=60), share=st.sampled_from([0.9, 0.99]))
+def test_percentile_of_gaps_seen_alike_is_numpys(seen: list[tuple[float, int]], share: float) -> None:
+    gaps = np.array(seen, dtype=scheduler.GAP)
+    each = np.repeat(gaps["seconds"], gaps["count"])
+    assert simulator.percentile(gaps, share) == pytest.approx(np.percentile(each, 100 * share) if len(each) else 0.0)
