@@ -2,7 +2,8 @@
 
 Keys, units and formulas are those of vllm/benchmarks/serve.py: times in seconds, summaries in milliseconds. One thing differs:
 our `start_times`, and with them `ttfts` and `latencies`, count from a request's scheduled arrival, not from when it was sent,
-so that a late injection shows (no coordinated omission). Further keys, as --metadata adds them, say so and what the trial is.
+so that a late injection shows (no coordinated omission). `duration` begins, as vLLM's, before the gap that precedes the first
+request, where our own metrics begin with its arrival. Further keys, as --metadata adds them, say so and what the trial is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from experiments.records.provenance import ROOT
 from experiments.records.record import Record
 from experiments.records.store import read_trial, to_json, trial_is_whole, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.spec.workload import poisson_arrivals
 
 
 def bench_result(facts: Mapping[str, Any], record: Record) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def bench_result(facts: Mapping[str, Any], record: Record) -> dict[str, Any]:
     if record.tokens.empty:
         raise SpecError(f"{name}: no request got a token; there is nothing to export")
     engine, model = facts["engine"]["engine"], facts["settings"]["model"]
+    # vLLM's clock starts where the phase does, a drawn gap before the first request is sent.
+    before = float(poisson_arrivals(role["rate"], 1, facts["seed"])[0]) if role["rate"] else 0.0
     head = {
         "date": datetime.fromisoformat(facts["started"]).strftime("%Y%m%d-%H%M%S"), "label": None,
         "endpoint_type": engine, "backend": engine, "model_id": model, "tokenizer_id": model,
@@ -44,11 +48,16 @@ def bench_result(facts: Mapping[str, Any], record: Record) -> dict[str, Any]:
         "qps": role["qps"], "chunk_size": chunk_label(role["chunk_size"]), "max_num_batched_tokens": role["budget"],
         "trace": facts["trace"]["name"], "start_times_are": "scheduled arrivals",
     }  # fmt: skip
-    return head | {key: facts[key] for key in ("figure", "testbed", "scale", "model", "seed", "trial")} | _results(record)
+    return (
+        head | {key: facts[key] for key in ("figure", "testbed", "scale", "model", "seed", "trial")} | _results(record, before)
+    )
 
 
-def _results(record: Record) -> dict[str, Any]:
-    """Lists with an entry for each request, in the order of arrival; totals and summaries of those that finished."""
+def _results(record: Record, before: float) -> dict[str, Any]:
+    """Lists with an entry for each request, in the order of arrival; totals and summaries of those that finished.
+
+    before: seconds from the start of the phase to its first arrival.
+    """
     requests, given = record.requests.sort_values("request"), record.tokens.groupby("request")["time_s"].agg(list)
     done = requests["last_step"] >= 0
     times = [given[name] if ok else [] for name, ok in zip(requests["request"], done, strict=True)]
@@ -56,7 +65,7 @@ def _results(record: Record) -> dict[str, Any]:
     rows["tokens"], rows["itl"] = rows["times"].map(len), rows["times"].map(lambda own: np.diff(own).tolist())
     for column, which in (("ttft", 0), ("latency", -1)):
         rows[column] = (rows["times"].str[which] - rows["start"]).fillna(0.0)
-    finished, seconds = rows[rows["done"]], duration(record)
+    finished, seconds = rows[rows["done"]], before + duration(record)
     more = finished[finished["tokens"] > 1]
     inputs, outputs = int(finished["prompt"].sum()), int(finished["tokens"].sum())
     peak_tokens, peak_requests = _peaks(finished)

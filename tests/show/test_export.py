@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
+import random
 import re
 import warnings
 from pathlib import Path
@@ -40,6 +42,9 @@ FACTS: dict[str, Any] = {
 }
 
 
+GAP = -math.log(1 - random.Random(42).random()) / 2.5  # the first of seed 42, seconds
+
+
 def unfinished(record: Record) -> Record:
     """The same, but the first measured request never got its last token."""
     requests = record.requests.copy()
@@ -63,13 +68,14 @@ def test_times_and_units_by_hand() -> None:
     assert found["median_itl_ms"] == pytest.approx(250)
     assert found["mean_tpot_ms"] == pytest.approx((500 + 250) / 2)  # the request of one token has none
     assert found["median_e2el_ms"] == pytest.approx(1050)
-    assert found["duration"] == pytest.approx(4.5)
-    assert found["total_token_throughput"] == pytest.approx((18 + 6) / 4.5)
+    assert found["duration"] == pytest.approx(4.5 + GAP)
+    assert found["total_token_throughput"] == pytest.approx((18 + 6) / (4.5 + GAP))
     assert (found["completed"], found["failed"], found["errors"]) == (3, 0, ["", "", ""])
     assert (found["date"], found["request_rate"], found["model_id"]) == ("20261122-180504", 2.5, "mistral-7b-w8")
     assert found["start_times_are"] == "scheduled arrivals"
     saturated = FACTS | {"phases": [{"role": "probe"}, FACTS["phases"][1] | {"rate": 0.0}]}
-    assert export.bench_result(saturated, tiny_record())["request_rate"] == "inf"
+    found = export.bench_result(saturated, tiny_record())
+    assert (found["request_rate"], found["duration"]) == ("inf", 4.5)  # all at once, without a gap
 
 
 def test_it_agrees_with_our_own_metrics(trial: TrialRecord) -> None:
@@ -77,7 +83,19 @@ def test_it_agrees_with_our_own_metrics(trial: TrialRecord) -> None:
     ours = serving_metrics(of_phase(trial.record, role))
     assert found["median_ttft_ms"] == pytest.approx(1e3 * ours["ttft_p50"])
     assert found["p99_itl_ms"] == pytest.approx(1e3 * ours["tbt_p99"])
-    assert found["output_throughput"] == pytest.approx(ours["output_tokens_per_s"])
+    assert found["output_throughput"] < ours["output_tokens_per_s"]
+
+
+def test_duration_is_that_of_the_phase_as_on_the_clock_of_vllm(trial: TrialRecord, vllm_serve: ModuleType) -> None:
+    record, phase = trial.record, point_phase(trial.facts["phases"])
+    before = of_phase(record, phase - 1).steps.iloc[-1]  # no time passes here between two phases
+    last = of_phase(record, phase).tokens["time_s"].max()
+    found = export.bench_result(trial.facts, record)
+    assert found["duration"] == pytest.approx(last - (before["start_s"] + before["seconds"]))
+    assert found["output_throughput"] == pytest.approx(found["total_output_tokens"] / found["duration"])
+    benchmark, requests = (inspect.getsource(part) for part in (vllm_serve.benchmark, vllm_serve.get_request))
+    assert benchmark.index("benchmark_start_time = time.perf_counter()") < benchmark.index("in get_request(")
+    assert requests.index("await asyncio.sleep(sleep_interval_s)") < requests.index("yield request")  # the first one too
 
 
 @pytest.fixture(scope="module")
