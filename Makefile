@@ -136,7 +136,7 @@ preflight: $(BUILT)
 	@docker/preflight.sh run
 
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
-ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips conformance verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
+ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips fuzz conformance verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
 export TESTBED REPLICATES OUT BAG MODEL TBT_P99 TTFT_P50 QPS FIGURE TRIAL
@@ -310,6 +310,10 @@ conformance: $(VENV)/dev.stamp ## batches against vLLM's own scheduler on 3,000 
 .PHONY: flips
 flips: $(VENV)/dev.stamp ## 1,000 random bit flips over whole bags: all found
 	@FLIPS=1000 $(PY) -m pytest tests/judge/test_integrity.py -k flip
+
+.PHONY: fuzz
+fuzz: $(VENV)/dev.stamp ## 2,000 mutated bags through every command, about 20 min: no traceback, no PASS that the whole bag has not
+	@FUZZ=2000 $(PY) -m pytest tests/judge/test_fuzz.py
 
 .PHONY: test-image
 test-image: $(VENV)/dev.stamp ## the image, built and run on a stand-in base; installs docker by apt; needs root, about 9 min

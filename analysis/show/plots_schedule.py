@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import pairwise
@@ -16,6 +15,7 @@ from matplotlib.patches import Patch
 from analysis.judge.load import Run
 from analysis.show.plots import PANEL_INCHES, entitle, styled
 from analysis.show.plots_serving import DECODE_COLOUR
+from experiments.records.documents import SCHEDULES, read_document
 
 MOST_STARTS = 4  # of the driver that a picture has room for: the last ones
 PLANNED: dict[str, Any] = {"facecolor": "white", "edgecolor": "black", "linewidth": 0.6}
@@ -29,7 +29,7 @@ def compared(run: Run) -> list[pd.DataFrame]:
     of the driver; NaN for what was not planned, or did not run. A session's start is that of loading its engine.
     """
     paths = (bag / "data" / "schedules.json" for bag in run.bags)
-    plans = [plan for path in paths if path.is_file() for plan in json.loads(path.read_text())]
+    plans = [plan for path in paths if path.is_file() for plan in read_document(path, SCHEDULES)]
     plans.sort(key=lambda plan: str(plan["planned"]))
     tables = []
     for plan, after in pairwise([*plans, {"planned": "9999"}]):
@@ -43,7 +43,7 @@ def compared(run: Run) -> list[pd.DataFrame]:
         }
         for facts in sorted(own, key=lambda facts: str(facts["started"])):
             row = rows.setdefault(facts["session"], {})
-            row["node"] = facts.get("node", row.get("node"))
+            row["node"] = facts.get("node", row.get("node", "a node without a name"))
             started, row["end"] = ((datetime.fromisoformat(facts[key]) - begin).total_seconds() for key in ("started", "ended"))
             row.setdefault("start", started - float(facts["engine"].get("load_s", 0.0)))
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("session").reset_index()

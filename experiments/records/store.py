@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,10 +236,9 @@ def trial_is_whole(path: Path) -> bool:
 
 
 class StoredRecord(Record):
-    """The record of a trial directory, its tables read anew at each look: a run of many trials takes the memory of one.
+    """The record of a trial directory, its tables read anew at each look, so that a run takes the memory of one trial.
 
-    Raises SpecError for a file that cannot be read, or has more rows than MOST_ROWS: a few bytes can stand for billions.
-    """
+    Raises SpecError for a file that cannot be read, or has more rows than MOST_ROWS."""
 
     def __init__(self, path: Path, truncated: bool) -> None:
         object.__setattr__(self, "path", path)
@@ -277,7 +277,7 @@ def _where(path: Path) -> Path:
 def _table(path: Path, read: Callable[[Path, int], pd.DataFrame]) -> pd.DataFrame:
     try:
         return read(path, MOST_ROWS[path.name])
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, Warning, pa.ArrowException) as error:
         reason = printable(str(error).split("\n")[0])[:200]
         raise SpecError(f"{_where(path.parent)}: {path.name}: cannot be read: {reason}; allowed: as we write it") from None
 
@@ -298,7 +298,9 @@ def _read_csv(path: Path, most: int) -> pd.DataFrame:
         raise ValueError(f"more than {most} rows of {ROW_BYTES} bytes")
     if data.count(b",") != commas * (rows + 1) or not data.startswith(",".join(REQUEST_COLUMNS).encode() + b"\n"):
         raise ValueError(f"not a table of the columns {', '.join(REQUEST_COLUMNS)}")
-    return pd.read_csv(io.BytesIO(data), dtype=REQUEST_COLUMNS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a float in a column of whole numbers is cut with a warning only
+        return pd.read_csv(io.BytesIO(data), dtype=REQUEST_COLUMNS)
 
 
 def _read_parquet(path: Path, most: int) -> pd.DataFrame:
