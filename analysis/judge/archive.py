@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 import math
 import re
@@ -24,6 +25,7 @@ from typing import IO, Any
 
 from analysis.judge import integrity
 from analysis.judge.load import REFERENCE, find_runs
+from experiments.records.documents import printable
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
 from experiments.records.store import MANIFEST, rows_of, write_whole
@@ -187,13 +189,26 @@ def runs_in(folder: Path) -> Path:
     return runs
 
 
+def no_report(runs: Path, report: Path) -> str | None:
+    """Why the report is not packed: its verdict must be there, and of these runs; None if it is."""
+    try:
+        parts, found = json.loads((report / "verdict.json").read_bytes())["runs"], find_runs(runs)
+        reasons = [integrity.outdated(part, found.get(part["name"], [])) for part in parts]
+        reasons += [f"{name}: not judged" for name in sorted(found.keys() - {part["name"] for part in parts})]
+    except FileNotFoundError:
+        return "no verdict and no report in it"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"no report in it: {report / 'verdict.json'} cannot be read"
+    return next((f"no report in it, as its verdict is of other runs ({reason})" for reason in reasons if reason), None)
+
+
 def package(runs: Path, report: Path, target: Path) -> list[str]:
     """Write the archive, the same bytes for the same content; returns the names in it. Raises SpecError without a bag."""
     bags = [bag for found in find_runs(runs).values() for bag in found]
     if not bags:
         raise SpecError(f"{runs}: no finished run; make fig9a makes one")
     files = {f"runs/{path.relative_to(runs).as_posix()}": path for bag in bags for path in bag.rglob("*")}
-    for folder, kept in ((report, "report"), (REFERENCE, "reference")):
+    for folder, kept in ((REFERENCE, "reference"), *([] if no_report(runs, report) else [(report, "report")])):
         files |= {f"{kept}/{path.name}": path for path in folder.glob("*") if not path.name.startswith(".")}
     files |= {name: ROOT / name for name in ("README.md", "LICENSE", "CITATION.cff")}
     whole = {name: path for name, path in sorted(files.items()) if path.is_file() and not path.is_symlink()}
@@ -217,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=Path, default=ROOT / "artifacts" / "package.zip", help="the archive to write")
     options = parse(parser, argv)
     names = package(options.runs, options.report, options.target)
-    if not (options.report / "verdict.json").is_file():
-        console.print("no verdict and no report in it: make -k verify report makes them")
+    if left_out := no_report(options.runs, options.report):
+        console.print(f"{printable(left_out)}; make -k verify report makes one")
     size, digest = options.target.stat().st_size, sha256(options.target)
     console.print(f"{options.target}: {len(names)} files, {size:,} bytes, sha256 {digest}")
     result(archive=options.target, files=len(names), bytes=size, sha256=digest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import bagit
 
@@ -118,6 +119,23 @@ def _bagit_problems(bag: Path) -> list[str]:
     except (bagit.BagError, ValueError) as error:
         return [f"changed: bagit.txt ({error})"]
     return []
+
+
+def outdated(judged: Mapping[str, Any], bags: Sequence[Path]) -> str | None:
+    """Why a run's part of verdict.json is not of these bags; None if it is."""
+    name, then = judged["name"], {bag["name"]: bag.get("tagmanifest_sha256") for bag in judged.get("bags", [])}
+    if not bags:
+        return f"{name}: judged, but its bags are gone"
+    now = {bag.name: sha256(bag / TAGS) if (bag / TAGS).is_file() else None for bag in bags}
+    if gone := sorted(then.keys() - now.keys()):
+        return f"{name}: {gone[0]} was judged and is gone"
+    broken = bool(judged.get("integrity"))
+    unlike = [
+        bag for bag, digest in now.items() if bag not in then or (then[bag] != digest and not (broken and then[bag] is None))
+    ]
+    if unlike:
+        return f"{name}: {unlike[0]} is not what was judged"
+    return f"{name}: its bags are whole again" if broken and not any(map(problems, bags)) else None
 
 
 def tagmanifest_digest(bag: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -88,6 +90,14 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
     for bag in sorted(folder.glob("*/bag-*/")):
         found.setdefault(bag.parent.name, []).append(bag)
     return found
+
+
+def figure_of(bags: list[Path]) -> str | None:
+    """The figure that a run's plan names, else one of its trials; None if nothing of it can be read."""
+    for path in [file for bag in bags for file in (bag / "data/plan.json", *bag.glob("data/trials/*/*/trial.json"))]:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            return str(json.loads(path.read_bytes())["figure"])
+    return None
 
 
 def unfinished(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from analysis.judge import archive, gates, integrity
 from analysis.judge import claims as rules
-from analysis.judge.load import Run, find_runs, load_run, unfinished
+from analysis.judge.load import Run, figure_of, find_runs, load_run, unfinished
 from analysis.judge.stats import Sample
 from experiments.records.documents import printable
 from experiments.records.errors import SpecError
@@ -27,6 +27,7 @@ from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 
 VERDICT_FORMAT = 1
+NOTHING: dict[str, Any] = {"gates": [], "aside": [], "simulated": False}  # known of a run that was not loaded
 INDENT = " " * 5
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "NOT-APPLICABLE": "dim", "NOT-RUN": "dim"}
 
@@ -37,21 +38,37 @@ def examine(name: str, bags: list[Path]) -> tuple[dict[str, Any], Run | None]:
     broken = [line.replace(": ", f": {bag.name}/", 1) for bag in bags for line in found[bag]]
     part = {
         "name": name,
-        "figure": name.split("-")[0],
+        "figure": figure_of(bags),
         "title": name,
         "bags": [{"name": b.name, "tagmanifest_sha256": None if found[b] else integrity.tagmanifest_digest(b)} for b in bags],
         "integrity": broken,
         "incomplete": bool(broken) and all(not lines or integrity.incomplete(bag, lines) for bag, lines in found.items()),
     }
     if broken:
-        return part | {"gates": [], "aside": [], "simulated": False}, None
+        return part | NOTHING, None
+    run = load_run(bags)
+    return part | _facts(run), run
+
+
+def _judged(claims: Sequence[rules.Claim], name: str, bags: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's part of verdict.json and the entries of its claims. One that cannot be read does not keep others from theirs."""
     try:
-        run = load_run(bags)
-        return part | _facts(run), run
-    except SpecError:
-        raise
+        part, run = examine(name, bags)
+        return part, decide(claims, part, run)
     except Exception as error:  # a bag may come from anywhere, and nothing that it holds is known to be of the right form
-        raise SpecError(f"{name}: not records of ours, although the bag is whole: {error!r}"[:500]) from None
+        reason = str(error) if isinstance(error, (SpecError, OSError)) else f"not records of ours: {error!r}"
+        tags = [bag / integrity.TAGS for bag in bags]
+        digests = [sha256(path) if path.is_file() else None for path in tags]
+        part = {
+            "name": name,
+            "figure": figure_of(bags),
+            "title": name,
+            "bags": [{"name": b.name, "tagmanifest_sha256": tag} for b, tag in zip(bags, digests, strict=True)],
+            "integrity": [],
+            "incomplete": False,
+            "unreadable": reason[:500],
+        } | NOTHING
+        return part, decide(claims, part, None)
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -77,7 +94,9 @@ def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None)
     broken = "; ".join(f"gate broken: {gate['gate']} ({gate['detail']})" for gate in part["gates"] if not gate["ok"])
     for claim in (claim for claim in claims if claim.figure == part["figure"]):
         entry = _entry(claim) | {"run": part["name"], "title": part["title"], "simulated": part["simulated"]}
-        if part.get("incomplete"):
+        if part.get("unreadable"):
+            entry |= {"verdict": "INCONCLUSIVE", "reason": f"the run cannot be read: {part['unreadable']}"}
+        elif part.get("incomplete"):
             reason = f"the run is incomplete, half copied perhaps ({len(part['integrity'])} files): {part['integrity'][0]}"
             entry |= {"verdict": "INCONCLUSIVE", "reason": reason}
         elif run is None:
@@ -133,14 +152,15 @@ def verify(folder: Path, everything: bool = False) -> dict[str, Any]:
     claims = rules.load_claims()
     parts, entries = [], []
     for name, bags in find_runs(folder).items():
-        part, run = examine(name, bags)
+        part, decided = _judged(claims, name, bags)
         parts.append(part)
-        entries += decide(claims, part, run)
+        entries += decided
     figures = {part["figure"] for part in parts}
     for claim in (claim for claim in claims if claim.figure not in figures):
         reason = f"no finished run of {claim.figure}: make {claim.figure}"
         entries.append(_entry(claim) | {"verdict": "NOT-RUN", "reason": reason})
     of_bags = [{"verdict": "INCONCLUSIVE" if part["incomplete"] else "FAIL"} for part in parts if part["integrity"]]
+    of_bags += [{"verdict": "INCONCLUSIVE"} for part in parts if part.get("unreadable")]
     verdict, status = overall([*entries, *of_bags], everything)
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return {"format": VERDICT_FORMAT, "made": made, "overall": verdict, "status": status, "claims": entries, "runs": parts}
@@ -171,6 +191,8 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"\n{part['title']}")
         for bag in part["bags"]:
             console.print(f"  {bag['name']}  tag manifest sha256 {bag['tagmanifest_sha256'] or 'not as sealed'}")
+        if part.get("unreadable"):
+            console.print(f"  cannot be read: {part['unreadable']}")
         for line in (*part["integrity"], *part["aside"]):
             console.print(f"  {line}")
         for gate in part["gates"]:
@@ -198,13 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bag", type=Path, help="an archive made elsewhere, in place of --runs")
     parser.add_argument("--all", action="store_true", help="a claim that was not run counts as INCONCLUSIVE")
     options = parse(parser, argv)
+    report = options.report
+    if options.bag and report == parser.get_default("report"):
+        report /= re.sub(r"[^A-Za-z0-9-]", "_", options.bag.name)
+    (report / "verdict.json").unlink(missing_ok=True)  # whatever happens from here on, none of other runs is left
     try:
         found = printable(verify_archive(options.bag, options.all) if options.bag else verify(options.runs, options.all))
     except SpecError as error:
         raise SpecError(printable(str(error))) from None
-    report = options.report
-    if options.bag and report == parser.get_default("report"):
-        report /= re.sub(r"[^A-Za-z0-9-]", "_", options.bag.name)
     write_whole(report / "verdict.json", to_json(found))
     show(found)
     for line in [] if options.bag else unfinished(options.runs):

@@ -15,11 +15,11 @@ from typing import Any
 
 import jinja2
 
+from analysis.judge import integrity
 from analysis.judge.load import find_runs, load_run
 from analysis.judge.verify import VERDICT_FORMAT
 from analysis.show.views import VIEWS, View, schedule_view
 from experiments.records.errors import SpecError
-from experiments.records.provenance import sha256
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 
@@ -48,15 +48,11 @@ def draw(judged: Mapping[str, Any], found: Mapping[str, list[Path]], report: Pat
     Raises SpecError if the bags are not those that were judged: a verdict beside another run's figure would mislead.
     """
     name = str(judged["name"])
-    if judged.get("integrity"):
+    if reason := integrity.outdated(judged, found.get(name, [])):
+        raise SpecError(f"{reason}; run make verify again")
+    if judged.get("integrity") or judged.get("unreadable"):
         return None
-    if name not in found:
-        raise SpecError(f"{name}: judged, but its bags are gone; run make verify again")
     run = load_run(found[name])
-    digests = {bag["name"]: bag.get("tagmanifest_sha256") for bag in judged.get("bags", [])}
-    for bag in run.bags:
-        if digests.get(bag.name) != sha256(bag / "tagmanifest-sha256.txt"):
-            raise SpecError(f"{name}: {bag.name} is not what was judged; run make verify again")
     if run.kind not in VIEWS:
         return None
     view = VIEWS[run.kind](run, report / name)

@@ -336,16 +336,30 @@ def a_name_that_climbs(bag: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [a_name_that_climbs, deep, wrong_types, no_trials, other_columns, no_parquet, no_numbers])
-def test_a_whole_bag_of_nonsense_is_one_line_and_no_verdict(
+def test_a_whole_bag_of_nonsense_is_inconclusive_and_does_not_keep_others_from_their_verdicts(
     spoil: Callable[[Path], None], runs_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil(bag_of(runs_copy))
-    resealed(bag_of(runs_copy))
-    assert main(["--runs", str(runs_copy), "--report", str(tmp_path / "report")]) == 2
+    alone = verify(runs_copy)
+    shutil.copytree(bag_of(runs_copy).parent, runs_copy / "another")
+    (spoiled,) = (path for path in runs_copy.iterdir() if path.name != "another")
+    bag = next(spoiled.glob("bag-*"))
+    spoil(bag)
+    resealed(bag)
+    report_folder = tmp_path / "report"
+    report_folder.mkdir()
+    (report_folder / "verdict.json").write_text("of other runs")
+    assert main(["--runs", str(runs_copy), "--report", str(report_folder)]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert not (tmp_path / "report").exists()
+    assert captured.err == ""
+    assert "cannot be read: " in captured.out
+    found = json.loads((report_folder / "verdict.json").read_text())
+    assert found["overall"] == "INCONCLUSIVE"
+    assert {part["name"]: bool(part.get("unreadable")) for part in found["runs"]} == {"another": False, spoiled.name: True}
+    others = [entry for entry in found["claims"] if entry["run"] == "another"]
+    judged = [entry for entry in alone["claims"] if entry["run"]]
+    assert [entry["verdict"] for entry in others] == [entry["verdict"] for entry in judged]
+    assert {entry["verdict"] for entry in found["claims"] if entry["run"] == spoiled.name} <= {"INCONCLUSIVE"}
+    assert report.main(["--runs", str(runs_copy), "--report", str(report_folder)]) == 0
 
 
 def test_a_table_of_absurd_length_is_refused_before_it_is_read(
@@ -353,7 +367,24 @@ def test_a_table_of_absurd_length_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setitem(MOST_ROWS, "steps.parquet", 3)
     assert main(["--runs", str(runs_copy), "--report", str(tmp_path)]) == 2
-    assert "rows of" in capsys.readouterr().err
+    assert "rows of" in capsys.readouterr().out
+
+
+def test_a_verdict_of_other_runs_is_not_packed_and_that_is_said(
+    packed: Path, runs_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--runs", str(runs_copy), "--report", str(packed.parent / "report"), "--target", str(tmp_path / "x.zip")]
+    assert archive.main(options) == 0
+    assert "no report in it" not in capsys.readouterr().out
+    bag = bag_of(runs_copy)
+    (bag / "data" / "figure.yaml").write_text("# changed\n")
+    resealed(bag)
+    assert archive.main(options) == 0
+    assert f"{bag.name} is not what was judged" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "x.zip") as file:
+        names = file.namelist()
+    assert not [name for name in names if name.startswith("report/")]
+    assert [name for name in names if name.startswith("runs/")]
 
 
 def test_nothing_to_pack_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

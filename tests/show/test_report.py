@@ -194,7 +194,7 @@ def test_hostile_strings_are_only_text(runs: Path, tmp_path: Path) -> None:
     part = judged(bag_of(runs, "smoke"), title=HOSTILE, machine={"type": HOSTILE, HOSTILE: 1}, engine=[HOSTILE, {"x": HOSTILE}])
     part |= {"gates": [{"gate": HOSTILE, "ok": False, "detail": HOSTILE}], "aside": [HOSTILE], "models": [HOSTILE]}
     part |= {"commit": {"commit": HOSTILE}, "not_run": [HOSTILE], "noise": HOSTILE}
-    broken = judged(bag_of(runs, "fig9a"), name=f"../../{HOSTILE}", integrity=[f"changed: {HOSTILE}"])
+    broken = judged(bag_of(runs, "fig9a"), title=HOSTILE, integrity=[f"changed: {HOSTILE}"])
     page = make(runs, tmp_path, verdict([part, broken], [hostile_claim], HOSTILE) | {"made": HOSTILE})
     assert HOSTILE in page.text
     assert not page.all("script")
