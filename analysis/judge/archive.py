@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from analysis.judge import integrity
-from analysis.judge.load import REFERENCE, find_runs
+from analysis.judge.load import REFERENCE, find_runs, stated
 from experiments.records.documents import printable
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
@@ -180,10 +180,8 @@ def runs_in(folder: Path) -> Path:
         return places.pop()
     runs = Path(tempfile.mkdtemp(dir=folder.parent))
     for number, bag in enumerate(bags, start=1):
-        info = bag / "bag-info.txt"
-        said = info.read_text("utf-8", "replace") if info.is_file() else ""
-        match = re.search(r"^External-Identifier: ([a-z0-9][a-z0-9.-]{0,90})-[0-9a-f]{8}$", said, re.M)
-        target = runs / (match[1] if match else "run") / f"bag-elsewhere-{number}"
+        said = "-".join(stated([bag], key) or "" for key in ("figure", "testbed"))
+        target = runs / (said if NAME.fullmatch(said) and "/" not in said else f"run-{number}") / f"bag-elsewhere-{number}"
         target.parent.mkdir(exist_ok=True)
         bag.rename(target)
     return runs

@@ -13,10 +13,12 @@ import pandas as pd
 
 from analysis.judge.known import KnownCalibration, calibration_of
 from analysis.judge.trial import TrialRecord, load_trial
+from experiments.cluster.plan import identity_of
 from experiments.records.documents import FACTS, PLAN, read_document
 from experiments.records.errors import SpecError
-from experiments.records.provenance import ROOT
+from experiments.records.provenance import ROOT, short
 from experiments.spec.expand import REPEAT
+from experiments.spec.spec import FIGURES, TESTBEDS, load_testbed, path_of
 
 REFERENCE = ROOT / "artifacts" / "reference"
 MOST_FACTS = 32 * 2**20  # bytes of trial.json in a run, which stay in memory
@@ -92,27 +94,38 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def figure_of(bags: list[Path]) -> str | None:
-    """The figure that a run's plan names, else one of its trials; None if nothing of it can be read."""
+def stated(bags: list[Path], key: str) -> str | None:
+    """The figure or testbed that a run's plan names, else one of its trials; if nothing of it can be read, that of our own
+    figures and testbeds by which its folder is called as a whole; None if it is called otherwise."""
     for path in [file for bag in bags for file in (bag / "data/plan.json", *bag.glob("data/trials/*/*/trial.json"))]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            return str(json.loads(path.read_bytes())["figure"])
-    return None
+            return str(json.loads(path.read_bytes())[key])
+    ours = product((path.stem for path in FIGURES.glob("*.yaml")), (path.stem for path in TESTBEDS.glob("*.yaml")))
+    named = [{"figure": figure, "testbed": testbed} for figure, testbed in ours]
+    return next((pair[key] for pair in named if bags[0].parent.name == f"{pair['figure']}-{pair['testbed']}"), None)
 
 
 def unfinished(folder: Path) -> list[str]:
-    """Run directories that hold trials but no bag yet, as sentences."""
-    found = {path.parents[4].name: path for path in folder.glob("*/open-*/trials/*/*/trial.json")}
-    return [f"{name}: incomplete; {_command(path)} resumes it" for name, path in sorted(found.items())]
+    """Folders of trials that are in no bag, as sentences: what each is, and the command that resumes it, if one does."""
+    found = {path.parents[3]: path for path in sorted(folder.glob("*/open-*/trials/*/*/trial.json"))}
+    return [f"{path.parent.name}: incomplete; {_resumed(path.name, trial)}" for path, trial in sorted(found.items())]
 
 
-def _command(trial: Path) -> str:
-    """What makes the run that a trial.json is of."""
+def _resumed(name: str, trial: Path) -> str:
+    """What becomes of an open folder of that name, by what one of its trials says."""
     try:
         facts = read_document(trial, FACTS)
-        return f"make {facts['figure']} TESTBED={facts['testbed']}"
     except SpecError:  # a half copied one
-        return "the command that began it"
+        return "the command that began it resumes it"
+    try:
+        figure, testbed = facts["figure"], load_testbed(facts["testbed"])
+        trace = (facts.get("trace") or {}).get("sha256")
+        now = short(identity_of(path_of(figure, FIGURES), path_of(testbed.testbed, TESTBEDS), testbed, trace))
+    except (SpecError, OSError):
+        return f"{name} is of a figure or testbed that is not of this tree"
+    if name == f"open-{now}":
+        return f"make {figure} TESTBED={testbed.testbed} resumes it"
+    return f"{name} is of other code, figure, testbed or inputs than these, so nothing here resumes it; make clean removes it"
 
 
 def _ended(bag: Path) -> str:

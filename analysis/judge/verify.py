@@ -18,7 +18,7 @@ from rich.text import Text
 
 from analysis.judge import archive, gates, integrity
 from analysis.judge import claims as rules
-from analysis.judge.load import Run, figure_of, find_runs, load_run, unfinished
+from analysis.judge.load import Run, find_runs, load_run, stated, unfinished
 from analysis.judge.stats import Sample
 from experiments.records.documents import printable
 from experiments.records.errors import SpecError
@@ -38,7 +38,7 @@ def examine(name: str, bags: list[Path]) -> tuple[dict[str, Any], Run | None]:
     broken = [line.replace(": ", f": {bag.name}/", 1) for bag in bags for line in found[bag]]
     part = {
         "name": name,
-        "figure": figure_of(bags),
+        "figure": stated(bags, "figure"),
         "title": name,
         "bags": [{"name": b.name, "tagmanifest_sha256": None if found[b] else integrity.tagmanifest_digest(b)} for b in bags],
         "integrity": broken,
@@ -61,7 +61,7 @@ def _judged(claims: Sequence[rules.Claim], name: str, bags: list[Path]) -> tuple
         digests = [sha256(path) if path.is_file() else None for path in tags]
         part = {
             "name": name,
-            "figure": figure_of(bags),
+            "figure": stated(bags, "figure"),
             "title": name,
             "bags": [{"name": b.name, "tagmanifest_sha256": tag} for b, tag in zip(bags, digests, strict=True)],
             "integrity": [],

@@ -27,6 +27,14 @@ MB_PER_REQUEST = 0.0012  # of a serving trial at the paper's lengths, most of it
 SLOTS_SHOWN = 24  # of a plan; the rest is a number
 
 
+def identity_of(figure: Path, path: Path, testbed: Testbed, trace: str | None) -> dict[str, str]:
+    """What the trials of a run share, here and now. trace: the sha256 of its request lengths."""
+    inputs = {"trace": trace} if trace else {}
+    if testbed.platform == "simulated":
+        inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in (testbed.calibrations or {}).values()}
+    return identity(figure, path, inputs)
+
+
 class Plan:
     """A figure on a testbed, with what is done and what is owed."""
 
@@ -38,11 +46,9 @@ class Plan:
         if isinstance(self.figure, ServingFigure):
             self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
             self.figure = drawn_from(self.trace, self.figure, self.testbed)
-        inputs = {"trace": self.trace.sha256} if self.trace else {}
-        if self.testbed.platform == "simulated":
-            inputs |= {name: sha256(CALIBRATIONS / f"{name}.yaml") for name in (self.testbed.calibrations or {}).values()}
         folder = out / f"{self.figure.figure}-{self.testbed.testbed}"
-        self.run = Run(folder, identity(self.figure_path, self.testbed_path, inputs))
+        sha = self.trace.sha256 if self.trace else None
+        self.run = Run(folder, identity_of(self.figure_path, self.testbed_path, self.testbed, sha))
         self.saturation = saturation_sessions(self.figure, self.testbed)
         self.measured: dict[str, float] = {}  # model -> saturation throughput, requests per second
         self.sessions = self.expand()

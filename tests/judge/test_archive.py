@@ -387,6 +387,26 @@ def test_a_verdict_of_other_runs_is_not_packed_and_that_is_said(
     assert [name for name in names if name.startswith("runs/")]
 
 
+def test_bare_bags_are_of_what_their_plans_say(simulated_runs: Path, tmp_path: Path) -> None:
+    for testbed in ("a.b-1", "a.b-2"):
+        bag = Path(shutil.copytree(bag_of(simulated_runs), tmp_path / "unpacked" / testbed))
+        edit_json(bag / "data" / "plan.json", lambda plan, testbed=testbed: plan.update(testbed=testbed))  # type: ignore[misc]
+    runs = archive.runs_in(tmp_path / "unpacked")
+    assert sorted(path.name for path in runs.iterdir()) == ["fig9a-a.b-1", "fig9a-a.b-2"]
+
+
+def test_a_broken_bag_fails_the_figure_of_its_plan_and_no_other(runs_copy: Path) -> None:
+    bag = bag_of(runs_copy)
+    edit_json(bag / "data" / "plan.json", lambda plan: plan.update(figure="fig9b-x"))
+    resealed(bag)
+    with (bag / "data" / "figure.yaml").open("a") as file:
+        file.write("# changed")
+    bag.parent.rename(runs_copy / "fig9b-x-a100-sim")
+    found = verify(runs_copy)
+    assert (found["overall"], found["runs"][0]["figure"]) == ("FAIL", "fig9b-x")
+    assert {entry["verdict"] for entry in found["claims"]} == {"NOT-RUN"}
+
+
 def test_nothing_to_pack_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert archive.main(["--runs", str(tmp_path), "--target", str(tmp_path / "x.zip")]) == 2
     assert "no finished run" in capsys.readouterr().err

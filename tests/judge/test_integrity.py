@@ -82,13 +82,15 @@ def test_a_changed_file_is_no_interrupted_copy(runs_copy: Path) -> None:
 def test_a_run_in_progress_is_named_incomplete_and_its_claims_not_run(
     runs_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bag_of(runs_copy).parent
-    (bag_of(runs_copy) / "data").rename(folder / "open-0123abcd")
-    shutil.rmtree(bag_of(runs_copy))
+    bag = bag_of(runs_copy)
+    shutil.copytree(bag / "data", bag.parent / "open-0123abcd")
+    (bag / "data").rename(bag.parent / f"open-{bag.name.split('-')[1]}")
+    shutil.rmtree(bag)
     command = [sys.executable, "-m", "analysis.judge.verify", "--runs", str(runs_copy), "--report", str(runs_copy / "report")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "fig9a-a100-sim: incomplete; make fig9a TESTBED=a100-sim resumes it" in done.stdout
+    assert "fig9a-a100-sim: incomplete; open-0123abcd is of other code, " in done.stdout  # not announced as resumable
     assert done.stdout.splitlines()[-1] == "NOT-RUN"
 
 
