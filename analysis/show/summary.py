@@ -20,6 +20,7 @@ from analysis.judge.load import (
     prefill_times,
     published_prefill,
     serving_trials,
+    stated,
 )
 from analysis.show.published import against_published, published_lines
 from experiments.records import terminal
@@ -168,6 +169,7 @@ def _bags(runs: Path, figure: str, testbed: str, named: Path | None) -> list[Pat
         return [Path(bag) for bag in json.loads(named.read_text())]
     name = load_testbed(testbed).testbed if testbed.endswith(".yaml") else testbed
     found = list(runs.glob(f"{escape(figure)}-{'*' if name == 'auto' else escape(name)}/bag-*"))
+    found = [bag for bag in found if stated([bag], "figure") == figure]  # fig9a-* is also what a figure fig9a-x is called
     if not found:
         raise SpecError(f"OUT: {runs}: no finished {figure} on testbed {name}; make {figure} TESTBED={testbed} makes one")
     return found
