@@ -28,7 +28,8 @@ from analysis.judge.load import REFERENCE, find_runs, stated
 from experiments.records.documents import printable
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
-from experiments.records.store import MANIFEST, rows_of, write_whole
+from experiments.records.store import MANIFEST, write_whole
+from experiments.records.tables import rows_of
 from experiments.records.terminal import arguments, command, console, parse, result
 
 MOST_BYTES = 2 * 2**30  # of all files together; a finished fig9a and fig9b are 4 MB, simulated ones 75 MB

@@ -25,7 +25,8 @@ from analysis.judge.verify import main, verify
 from analysis.show import report, summary
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, sha256
-from experiments.records.store import MOST_ROWS, to_json
+from experiments.records.store import to_json
+from experiments.records.tables import MOST_ROWS
 
 
 @pytest.fixture(scope="module")

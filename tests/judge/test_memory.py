@@ -15,7 +15,7 @@ import pytest
 
 from experiments.records.provenance import ROOT
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS
-from experiments.records.store import MOST_ROWS
+from experiments.records.tables import MOST_ROWS
 
 PEAK_BYTES = 10**9
 VERIFY = """
