@@ -13,7 +13,7 @@ from analysis.judge.load import Run, TrialRecord
 from experiments.engine.session import run_session
 from experiments.records.provenance import sha256
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Recorder, frame
-from experiments.simulator.cost_model import CALIBRATIONS
+from experiments.simulator.calibration import CALIBRATIONS
 from experiments.simulator.scheduler import GAP, STEP, begin, rows, schedule, unserved, update
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import FIGURES, TESTBEDS, EngineSettings, load_figure, load_testbed, path_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.calibrate.here import settings_of
-from experiments.simulator.cost_model import Calibration, Jitter, Loop, Profile, ValidRange, attention_of, load_calibration
+from experiments.simulator.calibration import Calibration, Jitter, Loop, Profile, ValidRange, attention_of, load_calibration
 from experiments.spec.spec import load_testbed
 
 SETTINGS, DECODING = settings_of(load_testbed("cpu"))["mistral-7b-w8"]

@@ -17,7 +17,7 @@ FLOORS = {
     ],
     "experiments.spec": ["spec", "expand", "workload"],
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
-    "experiments.simulator": ["compiled", "cost_model", "scheduler", "simulator", "estimate"],
+    "experiments.simulator": ["calibration", "compiled", "cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],
     "experiments.calibrate": ["published", "tables", "end_to_end", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],

@@ -11,7 +11,7 @@ from analysis.advise.capacity import LOWEST, WORDS, Latency, Search, Setting
 from analysis.judge.stats import sample
 from experiments.records.errors import SpecError
 from experiments.records.record import Phase
-from experiments.simulator.cost_model import Calibration
+from experiments.simulator.calibration import Calibration
 from experiments.simulator.scheduler import Rows
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session

@@ -28,7 +28,7 @@ from experiments.records.metrics import NAMES
 from experiments.records.provenance import gpus
 from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
-from experiments.simulator.cost_model import load_calibration
+from experiments.simulator.calibration import load_calibration
 from experiments.simulator.estimate import calibration_here
 from experiments.spec.expand import FEWEST_REQUESTS, expand
 from experiments.spec.spec import MODELS, ServingFigure, Testbed, load_figure, read_yaml

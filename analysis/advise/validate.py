@@ -26,7 +26,8 @@ from experiments.records.provenance import machine
 from experiments.records.record import STEP_COLUMNS, Phase, Record, Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
-from experiments.simulator.cost_model import Calibration, CostModel, load_calibration
+from experiments.simulator.calibration import Calibration, load_calibration
+from experiments.simulator.cost_model import CostModel
 from experiments.simulator.estimate import calibration_here
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.spec import EngineSettings, Testbed

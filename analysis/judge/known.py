@@ -21,7 +21,7 @@ from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
-from experiments.simulator.cost_model import CALIBRATIONS
+from experiments.simulator.calibration import CALIBRATIONS
 from experiments.spec.spec import FIGURES, STRICT, TESTBEDS, Count, Name, read_spec
 
 KNOWN = ROOT / "artifacts" / "reference" / "known.yaml"

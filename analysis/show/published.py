@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.judge.load import REFERENCE, Run
 from experiments.records.metrics import NAMES
 from experiments.records.provenance import sha256
-from experiments.simulator.cost_model import CALIBRATIONS
+from experiments.simulator.calibration import CALIBRATIONS
 from experiments.spec.spec import read_yaml
 
 WORDS = {"step": "one step, ms", **{name: f"{word}, s" for name, word in NAMES.items()}}

@@ -22,7 +22,8 @@ from experiments.records.metrics import serving_metrics
 from experiments.records.record import Phase, Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.simulator.cost_model import CALIBRATIONS, Calibration, CostModel, Jitter, load_calibration
+from experiments.simulator.calibration import CALIBRATIONS, Calibration, Jitter, load_calibration
+from experiments.simulator.cost_model import CostModel
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import load_figure, load_testbed, read_spec

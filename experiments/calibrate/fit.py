@@ -12,8 +12,8 @@ from scipy.optimize import nnls
 from experiments.calibrate.published import fit_error, rounded_profile
 from experiments.records.errors import SpecError
 from experiments.records.record import STEP_COLUMNS, Record
-from experiments.simulator import cost_model
-from experiments.simulator.cost_model import Calibration, CostModel, Floats, Ints, Jitter, Loop, Piece, Profile
+from experiments.simulator.calibration import Calibration, Floats, Ints, Jitter, Loop, Piece, Profile, ValidRange, attention_of
+from experiments.simulator.cost_model import PAUSE_S, CostModel
 from experiments.spec.spec import EngineSettings
 
 COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
@@ -93,7 +93,7 @@ def fit_records(
     rise = np.clip(data.tokens[:, None] - knots[:-1], 0, width) / width  # how much of each piece's rise a step has climbed
     design = np.column_stack([np.ones(len(steps)), rise, data.pairs, data.decodes, data.context])
     solution, off, usable = _solved(design, data.seconds, train, data.size)
-    unit = cost_model.attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
+    unit = attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
     pair_s, context_s = np.maximum(solution[[-3, -1]], 1e-18).tolist()  # where the data show no cost, next to none is charged
     errors = data.seconds / (design @ solution) - 1
     return Calibration(
@@ -107,7 +107,7 @@ def fit_records(
         decode=Profile((0, most_decodes), (0.0, float(solution[-2] * most_decodes))),
         attention=replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s),
         jitter=_fitted_jitter(off[train], data.prefill[train] == 0),
-        valid=cost_model.ValidRange(most, most_decodes, *(int(BEYOND * each.max()) for each in (data.pairs, data.context))),
+        valid=ValidRange(most, most_decodes, *(int(BEYOND * each.max()) for each in (data.pairs, data.context))),
         error=fit_error(list(errors[usable]), list(errors[~train]), f"every {HELD_OUT}th of {len(steps)} steps, of each size"),
         block_size=block_size,
         fixed_by=dict.fromkeys(("overhead_s", "linear", "decode", "attention", "jitter", "loop", "valid"), source),
@@ -176,7 +176,7 @@ def observed(record: Record) -> tuple[pd.DataFrame, pd.DataFrame, Loop]:
     place, earliest, count = np.unique(np.searchsorted(starts, entered), return_index=True, return_counts=True)
     first = entered[earliest]  # of those that entered before a step
     paused = np.zeros(len(starts), dtype=bool)
-    paused[place] = first - before[place] > cost_model.PAUSE_S
+    paused[place] = first - before[place] > PAUSE_S
     outside = np.delete(starts - before, place), (starts[place] - first) / count
     loop = Loop(*(float(np.median(parts)) if len(parts) else 0.0 for parts in outside))
     again = steps.groupby(steps["prefill_tokens"] + steps["decode_tokens"]).cumcount() > 0

@@ -19,8 +19,7 @@ from experiments.records.errors import SpecError
 from experiments.records.provenance import machine
 from experiments.records.record import Engine, Phase, Record, Request
 from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.simulator import cost_model
-from experiments.simulator.cost_model import Calibration, Loop
+from experiments.simulator.calibration import Calibration, Loop, load_calibration
 from experiments.simulator.estimate import HERE, made_on
 from experiments.spec.expand import expand
 from experiments.spec.spec import EngineSettings, Testbed, load_figure
@@ -136,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model, (settings, decoding) in settings_of(testbed).items():
         began = time.monotonic()
         path = calibrate(settings, decoding, testbed.testbed)
-        error, seconds = cost_model.load_calibration(str(path)).error, time.monotonic() - began
+        error, seconds = load_calibration(str(path)).error, time.monotonic() - began
         console.print(f"{model}: held-out error {error.held_out:.1%} ({error.held_out_on}), {seconds:.0f} s; {path}")
         found[model] = {"held_out": error.held_out, "path": path}
     result(testbed=testbed.testbed, calibrations=found)

@@ -18,20 +18,23 @@ from scipy.optimize import nnls
 
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.simulator import cost_model
-from experiments.simulator.cost_model import (
+from experiments.simulator.calibration import (
+    CALIBRATIONS,
+    Attention,
     Calibration,
-    CostModel,
     FitError,
     Floats,
     Ints,
     Jitter,
     Profile,
+    ValidRange,
+    attention_of,
     linear_flop_per_token,
 )
+from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import load_model, read_yaml
 
-END_TO_END = cost_model.CALIBRATIONS.parent / "reference" / "end_to_end.yaml"
+END_TO_END = CALIBRATIONS.parent / "reference" / "end_to_end.yaml"
 LONGEST_PROFILE = 16384  # tokens; the longest step of Figure 9
 
 
@@ -49,7 +52,7 @@ def _column(data: Mapping[str, Any], name: str) -> Floats:
     return np.array(data[name], dtype=np.float64)
 
 
-def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, dtype: str) -> cost_model.Attention:
+def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, dtype: str) -> Attention:
     """Rates of the attention kernels. The constant part, a launch per layer, belongs to the overhead and is left out.
 
     The kernel takes as long for the triangle of a prompt's first piece as for the whole square: counting masked pairs, relative
@@ -61,7 +64,7 @@ def _attention(published: Mapping[str, Any], model: str, tensor_parallel: int, d
     read = _column(decode, "requests") * _column(decode, "context") * 2 * decode["kv_heads"] * decode["head_dim"] * 2
     flop_per_s = _rounded(1.0 / _affine(flop, _column(prefill, "ms_per_layer") / 1e3)[1])
     kv_bytes_per_s = _rounded(1.0 / _affine(read, _column(decode, "ms_per_layer") / 1e3)[1])
-    return cost_model.attention_of(model, tensor_parallel, dtype, flop_per_s, 1.0, kv_bytes_per_s)
+    return attention_of(model, tensor_parallel, dtype, flop_per_s, 1.0, kv_bytes_per_s)
 
 
 def published_jitter(published: Mapping[str, Any]) -> Jitter:
@@ -94,7 +97,7 @@ def _yi_linear(measured: Ints, seconds: Floats, operators: tuple[Ints, Floats]) 
 def _header(published: Mapping[str, Any], model: str) -> dict[str, Any]:
     header: dict[str, Any] = published["headers"][model]
     lists = {key: tuple(header[key]) for key in ("models", "sources")}
-    return header | lists | {"valid": cost_model.ValidRange(**header["valid"])}
+    return header | lists | {"valid": ValidRange(**header["valid"])}
 
 
 def rounded_profile(at: Ints, seconds: Floats) -> Profile:
@@ -195,7 +198,7 @@ def write(calibration: Calibration, path: Path) -> None:
 def store(*calibrations: Calibration) -> dict[str, float]:
     """Write calibrations to their place; their held-out errors."""
     for calibration in calibrations:
-        write(with_errors(calibration), cost_model.CALIBRATIONS / f"{calibration.calibration}.yaml")
+        write(with_errors(calibration), CALIBRATIONS / f"{calibration.calibration}.yaml")
         error = calibration.error
         console.print(f"{calibration.calibration}: held-out error {error.held_out:.1%} ({error.held_out_on})")
     return {calibration.calibration: calibration.error.held_out for calibration in calibrations}
@@ -205,7 +208,7 @@ def store(*calibrations: Calibration) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Refit the published calibrations; 0, or 2 with one line of reason."""
     parse(arguments("experiments.calibrate.published", main.__doc__), argv)
-    yi = calibrate_yi(published := read_yaml(cost_model.CALIBRATIONS / "published" / "a100-2024.yaml"))
+    yi = calibrate_yi(published := read_yaml(CALIBRATIONS / "published" / "a100-2024.yaml"))
     result(held_out=store(yi, calibrate_mistral(published, yi)))
     return 0
 

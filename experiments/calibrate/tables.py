@@ -24,8 +24,17 @@ from experiments.calibrate.published import LONGEST_PROFILE, fit_error, publishe
 from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, parse, result
-from experiments.simulator import cost_model
-from experiments.simulator.cost_model import Calibration, CostModel, Floats, Jitter, Profile
+from experiments.simulator.calibration import (
+    CALIBRATIONS,
+    Calibration,
+    FitError,
+    Floats,
+    Jitter,
+    Profile,
+    ValidRange,
+    attention_of,
+)
+from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import load_model, read_yaml
 
 PACKAGE, VERSION = "aiconfigurator-core", "0.12.0"
@@ -116,7 +125,7 @@ def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) 
     scale = work.max(axis=0)
     rest = total - linear.table()[steps[:, 0] + steps[:, 1]]
     fixed, pair_s, context_s = (nnls(work / scale / total[:, None], rest / total)[0] / scale).tolist()
-    unit = cost_model.attention_of(model, tensor_parallel, "float16", 1.0, 0.0, 1.0)
+    unit = attention_of(model, tensor_parallel, "float16", 1.0, 0.0, 1.0)
     rates = {"flop_per_s": unit.flop_per_pair / pair_s, "kv_bytes_per_s": unit.kv_bytes_per_token / context_s}
     gpus = f"{tensor_parallel} A100 80 GB SXM"
     draft = Calibration(
@@ -130,10 +139,10 @@ def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) 
         decode=Profile((0, MOST_DECODES), (0.0, 0.0)),
         attention=replace(unit, **{key: float(f"{rate:.4g}") for key, rate in rates.items()}),
         jitter=jitter,
-        valid=cost_model.ValidRange(
+        valid=ValidRange(
             LONGEST_PROFILE, MOST_DECODES, LONGEST_PROFILE * (LONGEST_PROFILE + 1) // 2, MOST_DECODES * MOST_CONTEXT
         ),
-        error=cost_model.FitError(0.0, 0.0, 0.0, ""),
+        error=FitError(0.0, 0.0, 0.0, ""),
         block_size=16,
         fixed_by=FIXED_BY,
         device_memory_bytes=80e9,
@@ -156,7 +165,7 @@ def calibrations(published: Mapping[str, Any], jitter: Jitter) -> list[Calibrati
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the tables, write their rows and the calibrations anew; 0, or 2 with one line of reason."""
     parse(arguments("experiments.calibrate.tables", main.__doc__), argv)
-    folder = cost_model.CALIBRATIONS
+    folder = CALIBRATIONS
     source = f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{SYSTEM}: {ENGINE} {ENGINE_VERSION}"
     published = {"source": source, "models": {model: read_tables(model, tp) for model, (tp, *_) in FITTED.items()}}
     write_whole(folder / ROWS, NOTICE + yaml.safe_dump(published, sort_keys=False, width=124, default_flow_style=None))

@@ -16,7 +16,7 @@ from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, saturation_throughput
 from experiments.records.provenance import commit, identity, machine, sha256
 from experiments.records.store import LOOKS, Run, read_trial
-from experiments.simulator.cost_model import CALIBRATIONS
+from experiments.simulator.calibration import CALIBRATIONS
 from experiments.simulator.estimate import session_seconds, simulated_saturations
 from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
 from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of

@@ -17,7 +17,7 @@ from itertools import chain
 from experiments.records.errors import SpecError
 from experiments.records.provenance import gpus
 from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.simulator.cost_model import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
+from experiments.simulator.calibration import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
 from experiments.spec.spec import EngineSettings, load_model
 
 GPU, PAIR = "gpu-", "nvlink-"  # gpu-0, nvlink-0-1: numbers as nvidia-smi counts

@@ -14,7 +14,7 @@ from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, saturation_throughput
 from experiments.records.provenance import machine, sha256
 from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.simulator.cost_model import CALIBRATIONS, load_calibration
+from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
 from experiments.spec.spec import MODELS, EngineSettings, Figure, ServingPanel, Testbed, load_figure, load_testbed

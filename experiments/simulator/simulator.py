@@ -16,9 +16,9 @@ import pandas as pd
 
 from experiments.records.errors import SpecError
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record
-from experiments.simulator import cost_model
+from experiments.simulator.calibration import Calibration, Floats, Jitter, kv_blocks, load_calibration
 from experiments.simulator.compiled import compiled, say_if_not_kept
-from experiments.simulator.cost_model import PAUSE_S, Calibration, CostModel, Costs, Floats, Jitter, step_seconds
+from experiments.simulator.cost_model import PAUSE_S, CostModel, Costs, jitter_factors, step_seconds
 from experiments.simulator.scheduler import GAP, STEP, TOKEN, Rows, begin, rows, schedule, unserved, update
 from experiments.spec.spec import EngineSettings
 
@@ -74,7 +74,7 @@ def drawn_jitter(jitter: Jitter, seed: int, count: int, only_decodes: bool) -> F
     """Of the first `count` steps, FIRST_SIZE times a power of two."""
     half = count // 2 if count > FIRST_SIZE else 0
     known = [drawn_jitter(jitter, seed, half, only_decodes)] if half else []
-    more = (cost_model.jitter_factors(jitter, seed, at, FIRST_SIZE, only_decodes) for at in range(half, count, FIRST_SIZE))
+    more = (jitter_factors(jitter, seed, at, FIRST_SIZE, only_decodes) for at in range(half, count, FIRST_SIZE))
     return np.concatenate([*known, *more])
 
 
@@ -90,7 +90,7 @@ class SimulatedEngine:
             where = f"calibration {calibration.calibration}"
             raise SpecError(f"{where}: got {came}; allowed: {allowed} on {calibration.tensor_parallel}")
         self._settings, self._seed, self._cost = settings, seed, CostModel(calibration)
-        self._blocks = cost_model.kv_blocks(settings, calibration) if num_kv_blocks is None else num_kv_blocks
+        self._blocks = kv_blocks(settings, calibration) if num_kv_blocks is None else num_kv_blocks
         say_if_not_kept()
 
     @property
@@ -166,7 +166,7 @@ def simulated_engine(settings: EngineSettings, seed: int) -> SimulatedEngine:
     """The engine that simulates a testbed's machine. Raises SpecError for a model without calibration there."""
     if settings.calibration is None:
         raise SpecError(f"calibrations: got none for {settings.model}; allowed: a testbed that names one for the model")
-    return SimulatedEngine(settings, cost_model.load_calibration(settings.calibration), seed)
+    return SimulatedEngine(settings, load_calibration(settings.calibration), seed)
 
 
 def percentile(gaps: npt.NDArray[Any], share: float) -> float:

@@ -18,7 +18,7 @@ from analysis.judge.load import Run, TrialRecord
 from analysis.show.plots_validate import PANELS, validation_figure
 from experiments.engine.session import run_session
 from experiments.simulator import estimate
-from experiments.simulator.cost_model import Calibration, Jitter
+from experiments.simulator.calibration import Calibration, Jitter
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import expand
 from experiments.spec.spec import EngineSettings, load_figure, load_testbed

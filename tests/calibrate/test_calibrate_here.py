@@ -21,12 +21,8 @@ from experiments.calibrate.published import write
 from experiments.records.errors import SpecError
 from experiments.records.record import STEP_COLUMNS, Phase
 from experiments.simulator import estimate
-from experiments.simulator.cost_model import (
-    Calibration,
-    CostModel,
-    Jitter,
-    load_calibration,
-)
+from experiments.simulator.calibration import Calibration, Jitter, load_calibration
+from experiments.simulator.cost_model import CostModel
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.spec import EngineSettings, load_testbed
 

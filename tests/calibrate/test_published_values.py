@@ -12,7 +12,7 @@ from experiments.calibrate.end_to_end import errors_of, prefill_values, read_ref
 from experiments.calibrate.published import END_TO_END
 from experiments.records.metrics import prefill_seconds
 from experiments.records.record import Phase, Request
-from experiments.simulator.cost_model import Calibration, load_calibration
+from experiments.simulator.calibration import Calibration, load_calibration
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import load_figure, load_testbed, read_yaml

@@ -10,7 +10,8 @@ import pytest
 
 from experiments.calibrate import tables
 from experiments.calibrate.published import published_jitter, with_errors
-from experiments.simulator.cost_model import CALIBRATIONS, CostModel, Jitter, load_calibration
+from experiments.simulator.calibration import CALIBRATIONS, Jitter, load_calibration
+from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import read_yaml
 
 ROWS = read_yaml(CALIBRATIONS / tables.ROWS)

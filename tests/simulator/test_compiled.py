@@ -15,7 +15,7 @@ from experiments.records.provenance import ROOT
 from experiments.simulator.compiled import cache_folder, say_if_not_kept
 
 SIMULATE = (
-    "from experiments.simulator.cost_model import load_calibration; "
+    "from experiments.simulator.calibration import load_calibration; "
     "from experiments.simulator.simulator import SimulatedEngine; "
     "from experiments.spec.expand import expand; from experiments.spec.spec import load_figure, load_testbed; "
     "from experiments.engine.session import warm_up; "

@@ -13,23 +13,21 @@ import yaml
 
 from experiments.calibrate import published as calibrate
 from experiments.records.errors import SpecError
-from experiments.simulator import cost_model
-from experiments.simulator.cost_model import (
+from experiments.simulator.calibration import (
     CALIBRATIONS,
     Attention,
     Calibration,
-    CostModel,
     FitError,
     Jitter,
     Profile,
     ValidRange,
-    jitter_factors,
     kv_blocks,
     kv_bytes_per_token,
     linear_flop_per_token,
     load_calibration,
     weight_bytes,
 )
+from experiments.simulator.cost_model import CostModel, jitter_factors
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.spec import EngineSettings, load_model, read_yaml
 
@@ -173,7 +171,7 @@ def test_the_command_speaks_json_or_not_at_all(
     option: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(CALIBRATIONS / "published", tmp_path / "published")
-    monkeypatch.setattr(cost_model, "CALIBRATIONS", tmp_path)
+    monkeypatch.setattr(calibrate, "CALIBRATIONS", tmp_path)
     assert calibrate.main([option]) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == lines

@@ -20,7 +20,7 @@ from experiments.records.errors import SpecError
 from experiments.records.metrics import serving_metrics
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record, Request
 from experiments.simulator import scheduler, simulator
-from experiments.simulator.cost_model import (
+from experiments.simulator.calibration import (
     Attention,
     Calibration,
     FitError,
