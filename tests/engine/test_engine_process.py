@@ -35,7 +35,7 @@ def test_an_engine_that_dies_is_one_line(
         status = here.main(["--testbed", "cpu", "--out", str(tmp_path)])
     else:
         monkeypatch.setattr(recommend, "problems", lambda *_: [])
-        where = ["--runs", str(tmp_path), "--report", str(tmp_path / "report")]
+        where = ["--out", str(tmp_path), "--report", str(tmp_path / "report")]
         status = recommend.main(["--testbed", "cpu", "--model", "yi-34b", "--tbt", "0.1", *where])
     assert status == 2
     error = capfd.readouterr().err
