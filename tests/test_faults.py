@@ -268,7 +268,8 @@ def test_a_second_make_waits_while_the_first_sets_up(tmp_path: Path) -> None:
     with (tmp_path / ".setup.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = ["make", ".venv/core.stamp", f"PYTHON={python}"]
-        second = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        own = {name: os.environ[name] for name in ("PATH", "HOME")}  # not what a make around this test exports
+        second = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=own)
         assert second.stderr is not None
         assert second.stderr.readline() == "setup: another make is setting up here; waiting for it\n"
         assert second.poll() is None
