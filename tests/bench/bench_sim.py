@@ -28,9 +28,9 @@ TIMES = 5  # that Figure 9b is simulated; the median counts
 # What is simulated: its requests if not Figure 9b's, whether its record is made, how often; most seconds on one core, most MB.
 # The 44 million token times of the long trial's record alone are 0.7 GB.
 WANTED = {
-    "fig9b at the paper's scale": (None, True, TIMES, 0.15, 350),
+    "fig9b at the paper's scale": (None, True, TIMES, 0.15, 300),
     "one long trial, its percentiles": (LONG, False, 1, 3.0, 1000),
-    "one long trial, its record": (LONG, True, 1, 3.0, 1250),
+    "one long trial, its record": (LONG, True, 1, 3.0, 1000),
 }
 
 
