@@ -16,7 +16,8 @@ from experiments.simulator.scheduler import Rows
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings
-from experiments.spec.workload import Trace, serving_requests
+from experiments.spec.traces import Trace
+from experiments.spec.workload import serving_requests
 
 CLOSE = 0.04  # who is further behind on one seed is not looked at on the others: the arrivals are the same for all
 TIE = 0.02  # means over seeds that differ by less are taken as equal: then the smaller chunk size, as its TBT is lower

@@ -20,7 +20,8 @@ from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec
-from experiments.spec.workload import choose_trace, describe_trace
+from experiments.spec.traces import describe_trace
+from experiments.spec.workload import choose_trace
 
 
 @spec_dataclass(frozen=True, config=STRICT)

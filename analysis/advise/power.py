@@ -26,7 +26,8 @@ from experiments.simulator.estimate import calibrated, simulated_saturation
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import LoadPoint, Session, expand, saturation_sessions
 from experiments.spec.spec import ServingFigure, Testbed, load_figure
-from experiments.spec.workload import Trace, choose_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import choose_trace
 
 WANTED = 0.98  # probability that all claims PASS together
 DRAWS = 2000  # of seeds, for each number of replicates

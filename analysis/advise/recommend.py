@@ -32,7 +32,8 @@ from experiments.simulator.calibration import load_calibration
 from experiments.simulator.estimate import calibration_here
 from experiments.spec.expand import FEWEST_REQUESTS, expand
 from experiments.spec.spec import MODELS, ServingFigure, Testbed, load_figure, read_yaml
-from experiments.spec.workload import Trace, check_requests, choose_trace, describe_trace
+from experiments.spec.traces import Trace, describe_trace
+from experiments.spec.workload import check_requests, choose_trace
 
 SEEDS = 4
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm

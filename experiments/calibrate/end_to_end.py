@@ -27,7 +27,8 @@ from experiments.simulator.cost_model import CostModel
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import load_figure, load_testbed, read_spec
-from experiments.spec.workload import SOURCE, Trace, TraceSource, choose_trace, serving_requests
+from experiments.spec.traces import Trace
+from experiments.spec.workload import SOURCE, TraceSource, choose_trace, serving_requests
 
 MACHINES = ("a100-sim", "a100-2024-sim")  # testbeds; the model that is published of is PUBLISHED
 PUBLISHED = "yi-34b"

@@ -20,7 +20,7 @@ from experiments.machine import gpus
 from experiments.records.provenance import machine
 from experiments.records.terminal import console
 from experiments.spec.expand import Session
-from experiments.spec.workload import Trace
+from experiments.spec.traces import Trace
 
 ATTEMPTS = 3  # a trial, or the loading of an engine, in which a session dies so often is given up
 ASK_S = 60.0  # in which a node must say what it is

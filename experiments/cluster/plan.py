@@ -20,7 +20,8 @@ from experiments.simulator.calibration import CALIBRATIONS
 from experiments.simulator.estimate import session_seconds, simulated_saturations
 from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
 from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of
-from experiments.spec.workload import Trace, check_requests, choose_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import check_requests, choose_trace
 
 MB_PER_TRIAL = 0.02  # of files that say what it was; a pass of 9a is little more
 MB_PER_REQUEST = 0.0012  # of a serving trial at the paper's lengths, most of it the times of its tokens

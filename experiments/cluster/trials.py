@@ -10,7 +10,7 @@ from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase
 from experiments.records.record import Record
 from experiments.spec.expand import FEWEST_REQUESTS, LoadPoint, Session, Trial
-from experiments.spec.workload import Trace
+from experiments.spec.traces import Trace
 
 TRIAL_SECONDS = 60.0  # of arrivals, where the testbed names no other
 

@@ -13,7 +13,8 @@ from experiments.records.provenance import machine
 from experiments.records.record import Engine, Phase, Record, Request
 from experiments.spec.expand import SATURATION, LoadPoint, Point, Session, Trial
 from experiments.spec.spec import EngineSettings
-from experiments.spec.workload import Trace, serving_requests
+from experiments.spec.traces import Trace
+from experiments.spec.workload import serving_requests
 
 PROBES = 3  # a fixed step, repeated at the start of every trial: its spread is the machine's noise
 WARM_UP_DECODES = 4

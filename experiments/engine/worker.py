@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from experiments.engine.session import TrialResult, run_trials, start_engine
 from experiments.spec.expand import Session
-from experiments.spec.workload import Trace
+from experiments.spec.traces import Trace
 
 LOAD_S, GRACE_S = 900.0, 120.0  # an engine that takes so long to load, or for a trial its time limit and so much, is hung
 T = TypeVar("T")

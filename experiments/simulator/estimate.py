@@ -18,7 +18,8 @@ from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
 from experiments.spec.spec import MODELS, EngineSettings, Figure, ServingPanel, Testbed, load_figure, load_testbed
-from experiments.spec.workload import Trace, synthetic_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import synthetic_trace
 
 HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never in git
 

@@ -34,7 +34,8 @@ from experiments.records.record import Record
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import LoadPoint, Session, expand
 from experiments.spec.spec import TESTBEDS, load_figure, load_model, load_testbed
-from experiments.spec.workload import Trace, choose_trace, describe_trace, load_bench_result, synthetic_trace
+from experiments.spec.traces import Trace, describe_trace, load_bench_result
+from experiments.spec.workload import choose_trace, synthetic_trace
 
 
 @pytest.fixture(scope="module")

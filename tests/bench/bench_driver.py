@@ -16,7 +16,8 @@ from experiments.records.store import Run
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import LoadPoint, Session, Trial, expand
 from experiments.spec.spec import load_figure, load_testbed
-from experiments.spec.workload import Trace, synthetic_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import synthetic_trace
 
 TRIALS, REQUESTS = 2000, 16
 SETTLED = TRIALS // 4  # memory is compared from this trial on: pandas and pyarrow are loaded by then

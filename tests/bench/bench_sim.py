@@ -21,7 +21,8 @@ from experiments.records.terminal import arguments, command, console, parse, res
 from experiments.simulator.simulator import SimulatedEngine, simulated_engine
 from experiments.spec.expand import LoadPoint, Trial, expand
 from experiments.spec.spec import load_figure, load_testbed
-from experiments.spec.workload import Trace, choose_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import choose_trace
 
 LONG = 100_000  # requests of the long trial
 TIMES = 5  # that Figure 9b is simulated; the median counts

@@ -27,7 +27,8 @@ from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, took
 from experiments.spec.spec import Testbed, load_figure
-from experiments.spec.workload import choose_trace, describe_trace
+from experiments.spec.traces import describe_trace
+from experiments.spec.workload import choose_trace
 
 RATES = [1.19**n for n in range(-4, 3)]  # times the highest simulated capacity without a TBT target
 SIZES = 8  # chunk sizes: those of the sweep, and between them from the smallest on

@@ -16,7 +16,8 @@ from experiments.simulator.calibration import Calibration, load_calibration
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import load_figure, load_testbed, read_yaml
-from experiments.spec.workload import load_trace, synthetic_trace
+from experiments.spec.traces import load_trace
+from experiments.spec.workload import synthetic_trace
 
 ORIGINAL = Path(__file__).parents[3] / "shared" / "data" / "sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
 needs_original = pytest.mark.skipif(not ORIGINAL.is_file(), reason="the original's trace is no part of the project")

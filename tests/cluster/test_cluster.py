@@ -35,7 +35,7 @@ from experiments.run import main
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings
-from experiments.spec.workload import Trace
+from experiments.spec.traces import Trace
 
 pytest.importorskip("vllm")
 ray = pytest.importorskip("ray")

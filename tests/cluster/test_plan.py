@@ -20,7 +20,8 @@ from experiments.engine.session import run_session
 from experiments.records.errors import SpecError
 from experiments.run import main
 from experiments.spec.expand import SATURATION, LoadPoint, Session
-from experiments.spec.workload import Trace, synthetic_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import synthetic_trace
 
 FIG9B = ["fig9b", "--testbed", "cpu", "--replicates", "1", "--out"]
 

@@ -20,7 +20,7 @@ from scipy.stats import ks_2samp
 
 from experiments.records.errors import SpecError
 from experiments.records.record import Request
-from experiments.spec import workload
+from experiments.spec import traces, workload
 from experiments.spec.spec import read_spec
 
 ORIGINAL = Path(__file__).parents[3] / "shared" / "data" / "sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
@@ -35,9 +35,9 @@ GOLDEN_SYNTHETIC = "b5349865023ac6a547d81b8fee61c296ff1170335f436f338ee3926c27eb
 LENGTHS = st.lists(st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)), min_size=1, max_size=40)
 
 
-def trace_of(pairs: list[tuple[int, int]]) -> workload.Trace:
+def trace_of(pairs: list[tuple[int, int]]) -> traces.Trace:
     prompt, output = np.array(pairs, dtype=np.int64).T
-    return workload.Trace("made.csv", "0" * 64, prompt, output, "file")
+    return traces.Trace("made.csv", "0" * 64, prompt, output, "file")
 
 
 def expected_lengths(frame: pd.DataFrame, count: int, seed: int, limit: int) -> list[list[int]]:
@@ -124,13 +124,13 @@ def test_arrivals_refuse_what_makes_no_sense(qps: float, count: int, seed: int, 
 @needs_original
 @pytest.mark.parametrize("limit", [8192, 4096, 1024])
 def test_lengths_are_the_original_ones(limit: int) -> None:
-    lengths = workload.trace_lengths(workload.load_trace(ORIGINAL), 2000, 42, limit)
+    lengths = workload.trace_lengths(traces.load_trace(ORIGINAL), 2000, 42, limit)
     assert np.stack(lengths, axis=1).tolist() == expected_lengths(pd.read_csv(ORIGINAL), 2000, 42, limit)
 
 
 @needs_original
 def test_the_original_trace_is_the_one_that_is_fetched() -> None:
-    trace = workload.load_trace(ORIGINAL, max_total=8192)
+    trace = traces.load_trace(ORIGINAL, max_total=8192)
     source = read_spec(workload.SOURCE, workload.TraceSource)
     assert (trace.sha256, ORIGINAL.stat().st_size) == (source.sha256, source.bytes)
     assert len(trace.prompt) == len(trace.output) == 30731
@@ -143,7 +143,7 @@ def test_lengths_fit_and_follow_the_original(pairs: list[tuple[int, int]], seed:
     assert prompt.dtype == output.dtype == np.int64
     assert min(prompt.min(), output.min()) >= 1
     assert (prompt + output).max() <= limit
-    frame = pd.DataFrame(pairs, columns=list(workload.COLUMNS))
+    frame = pd.DataFrame(pairs, columns=list(traces.COLUMNS))
     assert np.stack([prompt, output], axis=1).tolist() == expected_lengths(frame, count, seed, limit)
 
 
@@ -171,11 +171,11 @@ def test_lengths_refuse_more_than_the_trace_holds(count: int, seed: int, limit: 
 def test_a_file_is_read_by_its_column_names(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_bytes(b'\xef\xbb\xbfother, num_decode_tokens ,num_prefill_tokens\r\n\r\nx, 5 ,10\r\n"a\nb",6,20\r\n')
-    trace = workload.load_trace(path)
+    trace = traces.load_trace(path)
     assert (trace.prompt.tolist(), trace.output.tolist()) == ([10, 20], [5, 6])
     assert (trace.name, trace.kind) == ("mine.csv", "file")
     assert trace.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert workload.load_trace(path, max_total=26).prompt.tolist() == [10, 20]
+    assert traces.load_trace(path, max_total=26).prompt.tolist() == [10, 20]
 
 
 HEADER = "num_prefill_tokens,num_decode_tokens\n"
@@ -211,7 +211,7 @@ def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, parts: list[s
     path = tmp_path / "bad.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SpecError) as error:
-        workload.load_trace(path)
+        traces.load_trace(path)
     one_line(error, "bad.csv", *parts)
     assert len(str(error.value)) < 400 + len(str(path))
 
@@ -219,9 +219,9 @@ def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, parts: list[s
 def test_a_row_longer_than_the_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     path.write_text(HEADER + "10,5\n8000,193\n")
-    assert workload.load_trace(path).prompt.tolist() == [10, 8000]
+    assert traces.load_trace(path).prompt.tolist() == [10, 8000]
     with pytest.raises(SpecError) as error:
-        workload.load_trace(path, max_total=8192)
+        traces.load_trace(path, max_total=8192)
     one_line(error, "long.csv: row 3", "num_prefill_tokens + num_decode_tokens", "8000 + 193", "at most 8,192")
 
 
@@ -229,7 +229,7 @@ def test_what_is_no_text_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "binary.csv").write_bytes(b"\x89PNG\xff")
     for name, part in [("binary.csv", "not text in UTF-8 (byte 0)"), ("none.csv", "No such file"), (".", "directory")]:
         with pytest.raises(SpecError) as error:
-            workload.load_trace(tmp_path / name)
+            traces.load_trace(tmp_path / name)
         one_line(error, str(tmp_path), part)
 
 
@@ -240,7 +240,7 @@ def test_any_bytes_give_a_trace_or_one_line(data: bytes) -> None:
             return data
 
     try:
-        trace = workload.load_trace(InMemory("any.csv"))
+        trace = traces.load_trace(InMemory("any.csv"))
         told, shortest = "", min(trace.prompt.min(), trace.output.min())
     except SpecError as error:
         told, shortest = str(error), 1
@@ -253,7 +253,7 @@ def test_any_bytes_give_a_trace_or_one_line(data: bytes) -> None:
 
 @needs_original
 def test_the_synthetic_trace_is_close_to_the_original() -> None:
-    original, synthetic = workload.load_trace(ORIGINAL), workload.synthetic_trace()
+    original, synthetic = traces.load_trace(ORIGINAL), workload.synthetic_trace()
     assert len(synthetic.prompt) == len(original.prompt)
     for pick in (lambda t: t.prompt, lambda t: t.output, lambda t: t.prompt + t.output):
         assert ks_2samp(pick(original), pick(synthetic)).statistic <= 0.02
