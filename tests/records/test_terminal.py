@@ -105,6 +105,20 @@ def test_any_command_that_is_interrupted_says_so_in_a_line(tmp_path: Path) -> No
         assert process.returncode == 130
 
 
+@pytest.mark.parametrize("module", ["experiments.run", "analysis.judge.verify"])
+def test_while_it_still_imports_it_is_interrupted_in_a_line_too(tmp_path: Path, module: str) -> None:
+    (tmp_path / "rich.py").write_text("import time; print('there', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", module], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "interrupted\n")
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
