@@ -15,11 +15,7 @@ LICENSE = "https://spdx.org/licenses/Apache-2.0"
 
 
 def describe_run(plan: Mapping[str, Any], files: Sequence[str], times: Sequence[str], engine: Mapping[str, Any]) -> str:
-    """ro-crate-metadata.json as text.
-
-    plan: figure, testbed, title, commit. files: payload paths that the run left. times: ISO stamps of its trials.
-    engine: its facts.
-    """
+    """ro-crate-metadata.json as text. files: payload paths that the run left. times: ISO stamps of its trials."""
     crate = ROCrate(version="1.1")
 
     def add(identifier: str, kind: object, **properties: object) -> ContextEntity:
@@ -31,16 +27,9 @@ def describe_run(plan: Mapping[str, Any], files: Sequence[str], times: Sequence[
     crate.root_dataset["conformsTo"] = add(PROFILE, ["CreativeWork", "Profile"], name="Process Run Crate", version="0.5")
     version = str(engine.get("calibration") or engine.get(engine["engine"]))
     software = {"name": engine["engine"], "softwareVersion": version, "url": "https://docs.vllm.ai/"}
-    commit, tree = plan["commit"]["commit"], "modified" if plan["commit"]["modified"] else "clean"
-    run = add(
-        "#run",
-        "CreateAction",
-        name=f"Run of {plan['figure']}",
-        description=f"commit {commit}, tree {tree}",
-        startTime=min(times),
-        endTime=max(times),
-        actionStatus="http://schema.org/CompletedActionStatus",
-    )
+    run = add("#run", "CreateAction", name=f"Run of {plan['figure']}", startTime=min(times), endTime=max(times))
+    run["description"] = f"commit {plan['commit']['commit']}, tree {'modified' if plan['commit']['modified'] else 'clean'}"
+    run["actionStatus"] = "http://schema.org/CompletedActionStatus"
     run["instrument"] = add("#engine", "SoftwareApplication", **software)
     run["agent"] = add("#operator", "Person", name="anonymous (double-blind review)")
     for role, names in (("object", ("figure.yaml", "testbed.yaml")), ("result", files)):

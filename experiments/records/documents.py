@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from experiments.records.errors import SpecError
+from experiments.records.errors import SpecError, first_problem
 from experiments.records.record import RECORD_FORMAT
 
 MOST_BYTES = 2**20  # of a document; the longest that a run of 20 seeds writes is a tenth of it
@@ -25,7 +24,8 @@ MOST_DEPTH, MOST_TEXT, MOST_INT = 12, 2000, 2**53
 def printable(data: Any) -> Any:
     """The same with every text free of control characters and cut at MOST_TEXT: it may be meant for the terminal."""
     if isinstance(data, str):
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in data[:MOST_TEXT])
+        text = data[:MOST_TEXT]
+        return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     if isinstance(data, dict):
         return {printable(key): printable(value) for key, value in data.items()}
     return [printable(value) for value in data] if isinstance(data, list) else data
@@ -46,8 +46,8 @@ def _of_this_version(number: object) -> object:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,120}$")]
 Moment = Annotated[str, AfterValidator(_moment)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
-Number = Annotated[int, Field(ge=0, le=MOST_INT)]
 Amount = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Platform = Literal["cpu", "cuda", "simulated"]
 
 
 class Phase(TypedDict):
@@ -66,7 +66,7 @@ class Phase(TypedDict):
 class Settings(TypedDict):
     """EngineSettings as data."""
 
-    platform: Literal["cpu", "cuda", "simulated"]
+    platform: Platform
     model: Name
     tensor_parallel: Count
     dtype: Name
@@ -184,7 +184,7 @@ class Plan(TypedDict):
     figure: Name
     testbed: Name
     testbed_title: str
-    platform: Literal["cpu", "cuda", "simulated"]
+    platform: Platform
     scale: Count
     identity: dict[Name, str]
     commit: Commit
@@ -219,42 +219,33 @@ def read_document(path: Path, shape: TypeAdapter[Any], where: str = "") -> Any:
     where = where or str(path)
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")
-        return shape.validate_python(_plain(json.loads(data, **_STRICTLY)), strict=True, extra="allow")
+        data = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
+        _check_bounds(data)
+        return shape.validate_python(printable(data), strict=True, extra="allow")
     except ValidationError as error:
-        raise SpecError(f"{where}: {_first(error)}") from None
+        raise SpecError(f"{where}: {first_problem(error)}") from None
     except OSError as error:
         raise SpecError(f"{where}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{where}: refused: {printable(str(error))[:200]}; allowed: JSON as we write it") from None
 
 
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key, came = ".".join(map(str, first["loc"])) or "(top level)", repr(first["input"])[:80]
-    allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key[:200]}: got {came}; allowed: {allowed}" if first["type"] != "missing" else f"{key}: missing"
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """The same with printable texts. Raises ValueError for what is too deep or too long."""
+def _check_bounds(value: Any, depth: int = 0) -> None:
     if depth > MOST_DEPTH:
         raise ValueError(f"nested deeper than {MOST_DEPTH}")
+    if isinstance(value, str) and len(value) > MOST_TEXT:
+        raise ValueError(f"a text of {len(value)} characters; at most {MOST_TEXT}")
     if isinstance(value, dict):
-        return {_plain(key, depth + 1): _plain(own, depth + 1) for key, own in value.items()}
-    if isinstance(value, list):
-        return [_plain(own, depth + 1) for own in value]
-    if isinstance(value, str):
-        if len(value) > MOST_TEXT:
-            raise ValueError(f"a text of {len(value)} characters; at most {MOST_TEXT}")
-        return value if value.isprintable() else printable(value)
-    return value
+        value = [*value, *value.values()]
+    for inner in value if isinstance(value, list) else ():
+        _check_bounds(inner, depth + 1)
 
 
 def _whole(text: str) -> int:
-    if len(text) > 17 or abs(number := int(text)) > MOST_INT:
+    if abs(number := int(text)) > MOST_INT:
         raise ValueError(f"number {text[:20]}: at most {MOST_INT}")
     return number
 
@@ -270,11 +261,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")
     return found
-
-
-_STRICTLY: Mapping[str, Any] = {
-    "parse_int": _whole,
-    "parse_float": _finite,
-    "parse_constant": _finite,
-    "object_pairs_hook": _unique,
-}

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -59,9 +60,11 @@ def commit() -> dict[str, Any]:
         return {"commit": value.removesuffix("-dirty"), "modified": value.endswith("-dirty")}
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return {"commit": None, "modified": None}
-    asked = (["git", "-C", str(ROOT), *words] for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
-    head, status = (subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() for words in asked)
-    return {"commit": head or None, "modified": bool(status)}
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain"))}
 
 
 def sbom() -> dict[str, Any]:
@@ -72,15 +75,9 @@ def sbom() -> dict[str, Any]:
         name = re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower()
         purl = f"pkg:pypi/{name}@{quote(dist.version, safe='')}"
         components[purl] = {"type": "library", "name": name, "version": dist.version, "purl": purl, "bom-ref": purl}
-    subject = {"type": "application", "name": "chunked-prefill-artifact", "bom-ref": "artifact"}
+    subject = {"component": {"type": "application", "name": "chunked-prefill-artifact", "bom-ref": "artifact"}}
     found = [components[purl] for purl in sorted(components)]
-    return {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "version": 1,
-        "metadata": {"component": subject},
-        "components": found,
-    }
+    return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "metadata": subject, "components": found}
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -104,26 +101,21 @@ def gpus() -> list[dict[str, Any]]:
 def limits(root: Path = Path("/")) -> tuple[float, float]:
     """What the process may use of the machine: cores and bytes of memory, infinity where its cgroup (a container's, a batch
     job's; version 1 or 2) or one above it sets no limit."""
-    cores, memory, groups = math.inf, math.inf, root / "sys/fs/cgroup"
+    cores, memory = math.inf, math.inf
 
-    def numbers(path: Path) -> list[float]:
-        try:
-            return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
-        except (OSError, ValueError):
-            return [math.inf]
+    def numbers(*paths: Path) -> list[float]:
+        words = [word for path in paths if path.is_file() for word in path.read_text().split()]
+        return [math.inf if word == "max" else float(word) for word in words]
 
-    try:
-        listed = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return cores, memory
-    for _, controllers, inside in (line.split(":", 2) for line in listed if line.count(":") >= 2):
-        above = groups / controllers  # of version 2, which has no list of controllers, the same folder
-        for folder in (above.joinpath(*Path(inside).parts[1:depth]) for depth in range(1, len(Path(inside).parts) + 1)):
-            memory = min(memory, numbers(folder / "memory.max")[0], numbers(folder / "memory.limit_in_bytes")[0])
-            quota = numbers(folder / "cpu.max") if not controllers else numbers(folder / "cpu.cfs_quota_us")
-            period = quota[1:] or numbers(folder / "cpu.cfs_period_us")
-            if quota[0] > 0:  # -1 is no limit
-                cores = min(cores, quota[0] / period[0] if period[0] < math.inf else math.inf)
+    listed = root / "proc/self/cgroup"
+    for line in listed.read_text().splitlines() if listed.is_file() else ():
+        _, controllers, inside = line.split(":", 2)
+        above, parts = root / "sys/fs/cgroup" / controllers, Path(inside).parts[1:]  # version 2 has no list of controllers
+        for folder in (above.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)):
+            with suppress(OSError, ValueError):
+                memory = min([memory, *numbers(folder / "memory.max", folder / "memory.limit_in_bytes")])
+                quota, period = numbers(folder / "cpu.max", folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+                cores = min(cores, quota / period if quota > 0 else math.inf)  # -1 is no limit, nor is a file that is not there
     return cores, memory
 
 

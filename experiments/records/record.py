@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pandas as pd
@@ -85,13 +85,13 @@ def frame(rows: Sequence[Sequence[Any]], columns: Mapping[str, str]) -> pd.DataF
     return pd.DataFrame(list(rows), columns=list(columns)).astype(dict(columns))
 
 
+@dataclass
 class Recorder:
     """Collects the rows of one trial, step by step."""
 
-    def __init__(self) -> None:
-        self.requests: list[list[Any]] = []
-        self.steps: list[tuple[Any, ...]] = []
-        self.tokens: list[tuple[int, float]] = []
+    requests: list[list[Any]] = field(default_factory=list)
+    steps: list[tuple[Any, ...]] = field(default_factory=list)
+    tokens: list[tuple[int, float]] = field(default_factory=list)
 
     def record(self, truncated: bool) -> Record:
         """The record of everything collected."""

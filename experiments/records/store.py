@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -24,8 +23,7 @@ from experiments.records.documents import FACTS, read_document
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sha256, short
 from experiments.records.record import RECORD_FORMAT, Record
-from experiments.records.tables import bag_and_trial, read_table
-from experiments.records.whole import contradiction
+from experiments.records.tables import bag_and_trial, contradiction, read_table
 
 MANIFEST = "manifest-sha256.txt"
 LOOKS = 2  # bags that may be joined: what is judged at more looks than a rule allows for is right too rarely
@@ -74,9 +72,7 @@ class Run:
     """The directory of one figure on one testbed, for one identity of code and inputs."""
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
-        self.folder = folder
-        self.identity = dict(identity)
-        self.id = short(identity)
+        self.folder, self.identity, self.id = folder, dict(identity), short(identity)
         self.open = folder / f"open-{self.id}"
 
     def bags(self) -> list[Path]:
@@ -122,15 +118,18 @@ class Run:
                 path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=self.open)) / path.name)
         return done
 
-    def find(self, session: str, trial: str) -> Path | None:
-        """Where a trial lies, sealed or not; None if it is not there."""
+    def _stored(self, pattern: str) -> list[Path]:
+        """The trials of that session/trial, sealed or not; both names may be patterns."""
         places = [*(bag / "data" for bag in self.bags()), self.open]
-        return next((path for place in places if trial_is_whole(path := place / "trials" / session / trial)), None)
+        return [path for place in places for path in sorted(place.glob(f"trials/{pattern}"))]
+
+    def find(self, session: str, trial: str) -> Path | None:
+        """Where a trial lies, sealed or not; None if it is not there, or damaged."""
+        return next(filter(trial_is_whole, self._stored(f"{session}/{trial}")), None)
 
     def finished(self, model: str) -> list[Path]:
         """The trials of a model that are there, sealed or not, but for what measured its saturation."""
-        places = [*(bag / "data" for bag in self.bags()), self.open]
-        return [path for place in places for path in sorted(place.glob(f"trials/{model}-seed*/*"))]
+        return self._stored(f"{model}-seed*/*")
 
     def write_trial(self, session: str, trial: str, facts: Mapping[str, Any], record: Record) -> Path:
         """Store a trial atomically: files, then manifest, then the rename that makes it count."""
@@ -148,9 +147,9 @@ class Run:
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.open) as folder:
             whole = Path(folder) / trial
             whole.mkdir()
-            digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-            for name, data in {**contents, MANIFEST: _manifest(digests)}.items():
+            for name, data in contents.items():
                 _write(whole / name, data)
+            _write(whole / MANIFEST, _manifest(whole))
             _sync(whole)
             whole.rename(target)
         _sync(target.parent)
@@ -175,10 +174,10 @@ class Run:
 
         documents: further payload, name -> text.
         """
-        import bagit
-
-        bags = self.bags()
         if trials:
+            import bagit
+
+            number = max(map(_number, self.bags()), default=0) + 1
             temporary = self.folder / f".seal-{self.id}"
             shutil.rmtree(temporary, ignore_errors=True)
             logging.getLogger("bagit").setLevel(logging.CRITICAL)  # it prints the stack of an error that it raises
@@ -188,7 +187,7 @@ class Run:
                 for name, text in documents.items():
                     _write(temporary / name, text.encode())
                 bagit.make_bag(str(temporary), dict(info), checksums=["sha256"])
-                temporary.rename(self.folder / f"bag-{self.id}-{_number(bags[-1]) + 1 if bags else 1}")
+                temporary.rename(self.folder / f"bag-{self.id}-{number}")
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             _sync(self.folder)
@@ -216,23 +215,20 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _manifest(digests: Mapping[str, str]) -> bytes:
-    return "".join(f"{digests[name]}  {name}\n" for name in FILES).encode()
+def _manifest(trial: Path) -> bytes:
+    return "".join(f"{sha256(trial / name)}  {name}\n" for name in FILES).encode()
 
 
 def trial_is_whole(path: Path) -> bool:
     """Whether a trial directory holds exactly the files of its manifest, unchanged to the byte."""
     try:
-        found = _manifest({name: sha256(path / name) for name in FILES})
-        return (path / MANIFEST).read_bytes() == found and len(list(path.iterdir())) == len(FILES) + 1
+        return (path / MANIFEST).read_bytes() == _manifest(path) and len(list(path.iterdir())) == len(FILES) + 1
     except OSError:
         return False
 
 
 class StoredRecord(Record):
-    """The record of a trial directory, its tables read anew at each look, so that a run takes the memory of one trial.
-
-    Raises SpecError for a file that cannot be read, or has more rows than MOST_ROWS."""
+    """The record of a trial directory, its tables read anew at each look, so that a run takes the memory of one trial."""
 
     def __init__(self, path: Path, truncated: bool) -> None:
         object.__setattr__(self, "path", path)
@@ -256,8 +252,8 @@ class StoredRecord(Record):
 def read_trial(path: Path) -> tuple[dict[str, Any], Record]:
     """Facts and record of a trial directory, checked as a whole. Raises SpecError, which names bag, trial and what is wrong."""
     facts = read_document(path / "trial.json", FACTS, f"{bag_and_trial(path)}: trial.json")
-    stored = StoredRecord(path, facts["truncated"])
-    record = Record(stored.requests, stored.steps, stored.tokens, stored.truncated)
+    requests, steps, tokens = (read_table(path / name) for name in FILES[:3])
+    record = Record(requests, steps, tokens, facts["truncated"])
     if found := contradiction(record, facts["phases"]):
         raise SpecError(f"{bag_and_trial(path)}: {found}")
     return facts, record

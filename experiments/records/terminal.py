@@ -58,11 +58,7 @@ def _path(text: str) -> Path:
 
 
 OPTIONS = {
-    "testbed": {
-        "type": _given,
-        "default": "auto",
-        "help": "a testbed's name or YAML file; auto: the best that this machine can run",
-    },
+    "testbed": {"type": _given, "default": "auto", "help": "a testbed's name or YAML file; auto: the best that can run here"},
     "trace": {"help": "CSV of request lengths, or a .json of vllm bench serve --save-detailed"},
     "out": {"type": _path, "default": RUNS, "help": "where runs are written"},
     "runs": {"type": _path, "default": RUNS, "help": "where runs are"},
@@ -157,8 +153,9 @@ def _flush() -> None:
 
 def reason(error: BaseException) -> str:
     """What went wrong, the file first, without the number that the system gives to it."""
-    named = isinstance(error, OSError) and error.filename and error.strerror
-    return f"{error.filename}: {error.strerror}" if named and isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _interrupted(_signal: int, _frame: object) -> None:

@@ -6,7 +6,7 @@ Both are strict: an unknown key, a wrong type or an impossible value is a SpecEr
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import json
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from experiments.records.errors import SpecError
+from experiments.records.errors import SpecError, first_problem
 
 FIGURES, TESTBEDS, MODELS = (Path(__file__).resolve().parent / name for name in ("figures", "testbeds", "models"))
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -206,12 +206,13 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises SpecError for a missing, unreadable, empty or malformed file."""
+def read_yaml(path: Path, variable: str = "") -> dict[str, Any]:
+    """Read a YAML mapping. Raises SpecError for a missing, unreadable, empty or malformed file. variable: that names it."""
     try:
         data = yaml.load(path.read_bytes().decode("utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
-        raise SpecError(f"{path}: no such file; there are: {_names(path.parent, '*.yaml')}") from None
+        where = f"{variable}: {path}" if variable else path
+        raise SpecError(f"{where}: no such file; there are: {_names(path.parent, '*.yaml')}") from None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -236,22 +237,9 @@ def read_spec(path: Path, shape: type[T], data: dict[str, Any] | None = None) ->
     try:  # through JSON, in which pydantic's strict mode still takes a mapping for a dataclass and a list for a tuple
         return TypeAdapter(shape).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise SpecError(f"{path}: {_first_problem(error, shape)}") from None
+        raise SpecError(f"{path}: {first_problem(error, inspect.signature(shape).parameters)}") from None
     except ValueError as error:  # a YAML alias to itself
         raise SpecError(f"{path}: not a plain mapping: {error}") from None
-
-
-def _first_problem(error: ValidationError, shape: type) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-    if first["type"] == "unexpected_keyword_argument":
-        known = ", ".join(field.name for field in dataclasses.fields(shape)) if len(first["loc"]) == 1 else ""
-        return f"{key}: unknown key{f'; allowed: {known}' if known else ''}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{key}: missing; it must be given"
-    came = repr(first["input"])
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key}: got {came if len(came) <= 80 else came[:77] + '...'}; allowed: {message.removeprefix('allowed: ')}"
 
 
 def path_of(name: str, folder: Path) -> Path:
@@ -262,7 +250,7 @@ def path_of(name: str, folder: Path) -> Path:
 def load_figure(name: str) -> Figure:
     """The figure of that name, or of that YAML path. Raises SpecError."""
     path = path_of(name, FIGURES)
-    data = read_yaml(path)
+    data = read_yaml(path, "FIGURE")
     kind = data.get("kind", "prefill")
     if not isinstance(kind, str) or kind not in KINDS:
         raise SpecError(f"{path}: kind: got {kind!r}; allowed: {', '.join(KINDS)}")
@@ -271,7 +259,8 @@ def load_figure(name: str) -> Figure:
 
 def load_testbed(name: str) -> Testbed:
     """The testbed of that name, or of that YAML path. Raises SpecError."""
-    return read_spec(path_of(name, TESTBEDS), Testbed)
+    path = path_of(name, TESTBEDS)
+    return read_spec(path, Testbed, read_yaml(path, "TESTBED"))
 
 
 def load_model(name: str) -> dict[str, Any]:

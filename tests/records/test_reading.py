@@ -19,7 +19,7 @@ from experiments.records.documents import FACTS, PLAN, SCHEDULES, Settings, read
 from experiments.records.errors import SpecError
 from experiments.records.record import Record
 from experiments.records.store import Run, read_trial
-from experiments.records.whole import contradiction
+from experiments.records.tables import contradiction
 from experiments.spec.spec import EngineSettings
 
 PHASES = [{"role": "probe"}, {"role": "point", "budget": 8, "requests": 3}, {"role": "probe"}]
