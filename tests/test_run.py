@@ -174,6 +174,8 @@ def test_a_plan_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["fig9z"], "no such file; there are: fig9a, fig9b, smoke"),
         (["fig9a", "--testbed", "h100"], "no such file; there are: a100, a100-2024-sim, a100-sim, cpu, gpu-24g"),
+        (["missing.yaml"], "error: FIGURE: missing.yaml: no such file"),
+        (["fig9a", "--testbed", "missing.yaml"], "error: TESTBED: missing.yaml: no such file"),
         (["fig9a", "--testbed", "cpu", "--replicates", "0"], "replicates: got 0; allowed: 1 to 20"),
         (["fig9b", "--testbed", "a100-sim", "--trace", "none.csv"], "none.csv: cannot be read"),
     ],
@@ -193,6 +195,15 @@ def test_a_users_trace_longer_than_the_model_is_refused(tmp_path: Path, capsys: 
     trace.write_text("num_prefill_tokens,num_decode_tokens\n100,10\n8000,193\n")
     assert main(["fig9b", *SIM, "--trace", str(trace), "--out", str(tmp_path / "out")]) == 2
     assert "mine.csv: row 3:" in capsys.readouterr().err
+
+
+def test_a_trace_without_time_between_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "mine.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n" + "100,1\n" * 1024)
+    assert main(["fig9b", *SIM, "--trace", str(trace), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: TRACE: mine.csv: got at most 1 output token of a request, 1 on this testbed; allowed: ")
+    assert error.count("\n") == 1
 
 
 def test_killed_at_random_moments_the_same_command_completes(tmp_path: Path) -> None:

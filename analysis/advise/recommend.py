@@ -33,7 +33,7 @@ from experiments.simulator.estimate import calibration_here
 from experiments.spec.expand import FEWEST_REQUESTS, expand
 from experiments.spec.spec import MODELS, ServingFigure, Testbed, load_figure, read_yaml
 from experiments.spec.traces import Trace, describe_trace
-from experiments.spec.workload import check_requests, choose_trace
+from experiments.spec.workload import check_gaps, check_requests, choose_trace
 
 SEEDS = 4
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
@@ -75,11 +75,7 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     if model not in sessions:
         raise SpecError(f"MODEL: got {model!r}; allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}")
     check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
-    if (longest := int(trace.output.max())) <= testbed.scale:
-        came = (
-            f"at most {longest} output token{'s'[: longest > 1]} of a request, {-(-longest // testbed.scale)} on this testbed"
-        )
-        raise SpecError(f"TRACE: {trace.name}: got {came}; allowed: some with two there, or there is no time between tokens")
+    check_gaps(trace, testbed.scale)
     settings = sessions[model].engine
     here = calibration_here(testbed.testbed, settings)
     if here is None and settings.calibration is None and make:

@@ -21,7 +21,7 @@ from experiments.simulator.estimate import session_seconds, simulated_saturation
 from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
 from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of
 from experiments.spec.traces import Trace
-from experiments.spec.workload import check_requests, choose_trace
+from experiments.spec.workload import check_gaps, check_requests, choose_trace
 
 MB_PER_TRIAL = 0.02  # of files that say what it was; a pass of 9a is little more
 MB_PER_REQUEST = 0.0012  # of a serving trial at the paper's lengths, most of it the times of its tokens
@@ -47,6 +47,7 @@ class Plan:
         if isinstance(self.figure, ServingFigure):
             self.trace = choose_trace(trace, max_total=self.figure.max_model_len)
             self.figure = drawn_from(self.trace, self.figure, self.testbed)
+            check_gaps(self.trace, self.testbed.scale)
         folder = out / f"{self.figure.figure}-{self.testbed.testbed}"
         sha = self.trace.sha256 if self.trace else None
         self.run = Run(folder, identity_of(self.figure_path, self.testbed_path, self.testbed, sha))

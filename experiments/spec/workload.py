@@ -83,6 +83,13 @@ def check_requests(trace: Trace, least: int, reason: str) -> None:
         raise SpecError(f"TRACE: {trace.name}: got {count} request{'s'[: count != 1]}; allowed: at least {least:,}, {reason}")
 
 
+def check_gaps(trace: Trace, scale: int) -> None:
+    """Raises SpecError if no request gives a second token, lengths divided by `scale`: there is no time between tokens then."""
+    if (longest := int(trace.output.max())) <= scale:
+        came = f"at most {longest} output token{'s'[: longest > 1]} of a request, {-(-longest // scale)} on this testbed"
+        raise SpecError(f"TRACE: {trace.name}: got {came}; allowed: some with two there, or there is no time between tokens")
+
+
 def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
     """A stand-in for the original's trace: inverse-CDF sampling from its percentiles. Raises SpecError.
 
