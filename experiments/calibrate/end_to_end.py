@@ -34,7 +34,7 @@ MACHINES = ("a100-sim", "a100-2024-sim")  # testbeds; the model that is publishe
 PUBLISHED = "yi-34b"
 CONTEXT = 1024  # of the decodes in Table 2, as in Figure 2
 REQUESTS, QPS, SEED, LONGEST = 128, 1.0, 42, 8192  # of Table 4
-ALSO = {512: 1024}  # chunk size in the authors' script -> what their table says of the same run
+SAID = 1024  # chunk size of Table 4's run that was made, by the authors' script, with 512
 NOTICE = """# Written by experiments/calibrate/end_to_end.py: what each calibration predicts of what is published.
 # errors: mean relative error of a quantity over its values; a simulated interval is widened by that of its quantity.
 # prefill: Figure 9a, relative to unchunked; ttft_p50, tbt_p99: Table 4, seconds; step: Table 2, ms.
@@ -47,7 +47,7 @@ def read_reference(name: str) -> pd.DataFrame:
     return pd.read_csv(END_TO_END.parent / f"{name}.csv", comment="#")
 
 
-def _value(quantity: str, source: str, at: str, predicted: float, published: float | None = None) -> dict[str, Any]:
+def _value(quantity: str, source: str, at: str, predicted: float, published: float | None) -> dict[str, Any]:
     found = {"quantity": quantity, "source": source, "at": at, "predicted": round(float(predicted), 4)}
     return found if published is None else found | {"published": round(float(published), 4)}
 
@@ -75,40 +75,31 @@ def prefill_values(session: Session, calibration: Calibration) -> list[dict[str,
     sizes = table["chunk_size"].replace("unchunked", session.engine.max_budget).astype(int)
     phases = [Phase(n, (Request(0.0, length - 1, 1),)) for length, n in zip(table["prompt_length"], sizes, strict=True)]
     table["seconds"] = [engine.run([phase], np.inf).steps["seconds"].sum() for phase in phases]
-    whole = table[table["chunk_size"] == "unchunked"].set_index("prompt_length")
-    return [
-        _value(
-            "prefill",
-            "Figure 9a",
-            f"{row['prompt_length']} in chunks of {row['chunk_size']}",
-            row["seconds"] / whole["seconds"][row["prompt_length"]],
-            row["prefill_ms"] / whole["prefill_ms"][row["prompt_length"]],
-        )
-        for row in table[table["chunk_size"] != "unchunked"].to_dict("records")
-    ]
+    columns = ["seconds", "prefill_ms"]
+    whole = table[table["chunk_size"] == "unchunked"].set_index("prompt_length")[columns]
+    chunked = table[table["chunk_size"] != "unchunked"]
+    ratios = chunked[columns].to_numpy() / whole.loc[chunked["prompt_length"]].to_numpy()
+    where = chunked["prompt_length"].astype(str) + " in chunks of " + chunked["chunk_size"]
+    return [_value("prefill", "Figure 9a", at, *ratio) for at, ratio in zip(where, ratios.tolist(), strict=True)]
 
 
 def serving_values(session: Session, calibration: Calibration, trace: Trace) -> list[dict[str, Any]]:
     """Table 4: P50 TTFT and P99 TBT, seconds."""
     engine = SimulatedEngine(replace(session.engine, max_budget=LONGEST), calibration, seed=0)
     requests, found = serving_requests(trace, QPS, REQUESTS, SEED, LONGEST), list[dict[str, Any]]()
-    for row in read_reference("table4").to_dict("records"):
-        for size in (int(row["chunk_size"]), ALSO.get(int(row["chunk_size"]))):
-            if size:
-                seen = serving_metrics(engine.run([Phase(size, requests)], np.inf))
-                for name in ("ttft_p50", "tbt_p99"):
-                    published = row[f"{name}_s"] if size == row["chunk_size"] else None
-                    found.append(_value(name, "Table 4", f"chunk size {size}", seen[name], published))
+    table = read_reference("table4").set_index("chunk_size")
+    for size in sorted({*table.index.tolist(), SAID}):
+        seen = serving_metrics(engine.run([Phase(size, requests)], np.inf))
+        for name in ("ttft_p50", "tbt_p99"):
+            found.append(_value(name, "Table 4", f"chunk size {size}", seen[name], table[f"{name}_s"].get(size)))
     return found
 
 
 def errors_of(values: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean relative error of each quantity that whole requests have."""
-    found: dict[str, list[float]] = {}
-    for value in values:
-        if value["quantity"] != "step" and "published" in value:
-            found.setdefault(value["quantity"], []).append(abs(value["predicted"] / value["published"] - 1))
-    return {name: round(float(np.mean(errors)), 4) for name, errors in found.items()}
+    table = pd.DataFrame(values).query("quantity != 'step'")
+    off = (table["predicted"] / table["published"] - 1).abs()  # NaN, which no mean counts, where nothing is published
+    return {str(name): round(error, 4) for name, error in off.groupby(table["quantity"], sort=False).mean().items()}
 
 
 def end_to_end(testbed_name: str, trace: Trace) -> dict[str, dict[str, Any]]:

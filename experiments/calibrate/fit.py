@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from experiments.simulator.calibration import Calibration, Floats, Ints, Jitter,
 from experiments.simulator.cost_model import PAUSE_S, CostModel
 from experiments.spec.spec import EngineSettings
 
-COMPOSITION = ("prefill_tokens", "decode_tokens", "prefill_pairs", "decode_context")
+COMPOSITION = ["prefill_pairs", "decode_tokens", "decode_context"]  # of a step, beside its tokens
 MIN_STEPS = 60  # fewer cannot fix about ten coefficients and leave some to test them
 MIN_PIECE = 3  # steps that fix a piece of the profile, those held out not counted
 HELD_OUT = 4  # every fourth step of a size is held out
@@ -25,42 +25,24 @@ BEYOND = 1.05  # how far past the most pairs and context seen the straight lines
 Chosen = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Steps as arrays, shape (steps,): seconds, and the counts of STEP_COLUMNS; `size` numbers like steps, see sizes_of."""
-
-    seconds: Floats
-    prefill: Ints
-    decodes: Ints
-    pairs: Ints
-    context: Ints
-    size: Ints
-
-    @property
-    def tokens(self) -> Ints:
-        return self.prefill + self.decodes
-
-
 def sizes_of(tokens: Ints, prefill: Ints) -> Ints:
     """Which steps are alike: the power of 2 at or above their tokens, twice; one more if they only decode."""
     return np.asarray(2 * np.ceil(np.log2(tokens)).astype(np.int64) + (prefill == 0))
 
 
-def _steps(steps: pd.DataFrame, source: str) -> Steps:
-    if missing := [column for column in STEP_COLUMNS if column not in steps]:
-        raise SpecError(f"fit_records: {source}: columns: got none named {', '.join(missing)}; allowed: all of STEP_COLUMNS")
-    seconds = steps["seconds"].to_numpy(dtype=np.float64)
-    prefill, decodes, pairs, context = (steps[column].to_numpy(dtype=np.int64) for column in COMPOSITION)
-    if len(steps) < MIN_STEPS or not (prefill.any() and decodes.any() and (seconds > 0).all()):
+def _sized(steps: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The steps with their `tokens` and `size`, see sizes_of. Raises SpecError for too few, or none with prefill or decodes."""
+    prefill, decodes = steps["prefill_tokens"].to_numpy(), steps["decode_tokens"].to_numpy()
+    if len(steps) < MIN_STEPS or not (prefill.any() and decodes.any() and (steps["seconds"] > 0).all()):
         came = f"{len(steps)} steps, {np.sum(prefill > 0)} with prefill, {np.sum(decodes > 0)} with decodes"
         raise SpecError(f"fit_records: {source}: got {came}; allowed: at least {MIN_STEPS}, some of each, all longer than 0 s")
-    return Steps(seconds, prefill, decodes, pairs, context, sizes_of(prefill + decodes, prefill))
+    return steps.assign(tokens=prefill + decodes, size=sizes_of(prefill + decodes, prefill))
 
 
-def _held_out(size: Ints) -> Chosen:
+def _held_out(size: pd.Series) -> Chosen:
     """Every fourth step of each size, at least one of each that has two steps or more, shape (steps,)."""
-    place = pd.Series(size).groupby(size).cumcount().to_numpy()
-    count = np.bincount(size)[size]
+    alike = size.groupby(size)
+    place, count = alike.cumcount().to_numpy(), alike.transform("size").to_numpy()
     return np.asarray((place % HELD_OUT == np.minimum(HELD_OUT, count) - 1) & (count > 1))
 
 
@@ -82,20 +64,21 @@ def fit_records(
     """Fit the cost model to the steps of a real engine: STEP_COLUMNS, one row per step, warm-up left out.
 
     The profile, rising from 0, has knots at powers of 2 between which there are steps. `masked_share` is 0: vLLM's kernels skip
-    masked tiles. Every fourth step of each size is held out; jitter comes from the residuals of the others. Raises SpecError
-    for missing columns, too few steps, or none with prefill or decode.
+    masked tiles. Every fourth step of each size is held out; jitter comes from the residuals of the others. Raises SpecError.
     """
-    data = _steps(steps, source)
-    train = ~_held_out(data.size)
-    knots, most, most_decodes = _knots(data.tokens[train]), int(data.tokens.max()), int(data.decodes.max())
-    knots[-1] = most
+    data = _sized(steps, source)
+    seconds, size, tokens = (data[name].to_numpy() for name in ("seconds", "size", "tokens"))
+    train, most = ~_held_out(data["size"]), data.max()
+    knots = _knots(tokens[train])
+    knots[-1] = most["tokens"]
     width = np.diff(knots)
-    rise = np.clip(data.tokens[:, None] - knots[:-1], 0, width) / width  # how much of each piece's rise a step has climbed
-    design = np.column_stack([np.ones(len(steps)), rise, data.pairs, data.decodes, data.context])
-    solution, off, usable = _solved(design, data.seconds, train, data.size)
+    rise = np.clip(tokens[:, None] - knots[:-1], 0, width) / width  # how much of each piece's rise a step has climbed
+    design = np.column_stack([np.ones(len(steps)), rise, data[COMPOSITION].to_numpy()])
+    solution, off, usable = _solved(design, seconds, train, size)
     unit = attention_of(settings.model, settings.tensor_parallel, settings.dtype, 1.0, 0.0, 1.0)
     pair_s, context_s = np.maximum(solution[[-3, -1]], 1e-18).tolist()  # where the data show no cost, next to none is charged
-    errors = data.seconds / (design @ solution) - 1
+    errors = seconds / (design @ solution) - 1
+    decodes, farthest = int(most["decode_tokens"]), [int(BEYOND * most[name]) for name in ("prefill_pairs", "decode_context")]
     return Calibration(
         calibration=name,
         title=title,
@@ -104,14 +87,14 @@ def fit_records(
         sources=(source,),
         overhead_s=float(solution[0]),
         linear=rounded_profile(knots, np.cumsum([0.0, *solution[1 : len(knots)]])),
-        decode=Profile((0, most_decodes), (0.0, float(solution[-2] * most_decodes))),
+        decode=Profile((0, decodes), (0.0, float(solution[-2] * decodes))),
         attention=replace(unit, flop_per_s=unit.flop_per_pair / pair_s, kv_bytes_per_s=unit.kv_bytes_per_token / context_s),
-        jitter=_fitted_jitter(off[train], data.prefill[train] == 0),
-        valid=ValidRange(most, most_decodes, *(int(BEYOND * each.max()) for each in (data.pairs, data.context))),
+        jitter=_fitted_jitter(off[train], size[train] % 2 == 1),
+        valid=ValidRange(int(most["tokens"]), decodes, *farthest),
         error=fit_error(list(errors[usable]), list(errors[~train]), f"every {HELD_OUT}th of {len(steps)} steps, of each size"),
         block_size=block_size,
         fixed_by=dict.fromkeys(("overhead_s", "linear", "decode", "attention", "jitter", "loop", "valid"), source),
-        pieces=_pieces(data, off, errors, train, usable),
+        pieces=_pieces(data.assign(off=off, error=errors, train=train, usable=usable)),
     )
 
 
@@ -145,21 +128,19 @@ def _outliers(off: Floats, train: Chosen, size: Ints) -> Chosen:
     return np.asarray(far >= OUTLIER * np.maximum(1.4826 * of_size(far), _median_spread(off[train])[1]))
 
 
-def _pieces(data: Steps, off: Floats, errors: Floats, train: Chosen, usable: Chosen) -> tuple[Piece, ...]:
+def _pieces(data: pd.DataFrame) -> tuple[Piece, ...]:
     """What is known of the steps of each size, smallest first."""
     found = []
-    for size in np.unique(data.size):
-        own, kept = data.size == size, (data.size == size) & usable
-        tokens, out = data.tokens[own], errors[own & ~train]
-        spread = _median_spread(off[own])[1]
+    for _, own in data.groupby("size"):
+        out = own.loc[~own["train"], "error"].abs()
         found.append(
             Piece(
-                tokens=(int(tokens.min()), int(tokens.max())),
-                only_decodes=bool(size % 2),
-                steps=int(own.sum()),
-                dropped=int((own & train).sum() - kept.sum()),
-                held_out=round(float(np.abs(out).mean()), 4) if len(out) else None,
-                known_to=round(1.25 * float(spread / np.sqrt(own.sum())), 4),
+                tokens=(int(own["tokens"].min()), int(own["tokens"].max())),
+                only_decodes=bool(own["size"].iloc[0] % 2),
+                steps=len(own),
+                dropped=int((own["train"] & ~own["usable"]).sum()),
+                held_out=round(float(out.mean()), 4) if len(out) else None,
+                known_to=round(1.25 * _median_spread(own["off"].to_numpy())[1] / len(own) ** 0.5, 4),
             )
         )
     return tuple(found)
@@ -188,9 +169,9 @@ def with_loop(calibration: Calibration, paused: pd.DataFrame, loop: Loop) -> Cal
 
     An excess in seconds: on one machine it was 3 to 6 ms for steps of 10 as of 50 ms.
     """
-    model, columns = CostModel(calibration), list(STEP_COLUMNS)[3:8]
-    excess = [row[0] - model.step(*map(int, row[1:])) for row in paused[["seconds", *columns]].itertuples(index=False)]
-    wake_s = max(0.0, float(np.median(excess))) if excess else 0.0
+    model, batches = CostModel(calibration), paused[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
+    excess = paused["seconds"] - [model.step(*batch) for batch in batches]
+    wake_s = max(0.0, float(excess.median())) if len(excess) else 0.0
     return replace(calibration, loop=replace(loop, wake_s=wake_s))
 
 

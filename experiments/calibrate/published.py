@@ -1,4 +1,4 @@
-"""Fits cost-model coefficients: from published A100 measurements, or from the steps of a real engine.
+"""Fits cost-model coefficients to published A100 measurements.
 
 `python -m experiments.calibrate.published` writes artifacts/calibration/*.yaml anew from artifacts/calibration/published.
 Figure 9a's own data are not among them; docs/simulator.md says for each parameter what fixed it.

@@ -57,21 +57,20 @@ class CostModel:
     """A calibration made ready for use. Raises SpecError for steps outside its valid range."""
 
     def __init__(self, calibration: Calibration) -> None:
-        self.calibration, attention, valid = calibration, calibration.attention, dataclasses.astuple(calibration.valid)
-        host = calibration.host or Profile((0, valid[1]), (0.0, 0.0))
-        profiles = {"linear": calibration.linear, "decode": calibration.decode, "host": host}
-        for (what, profile), last in zip(profiles.items(), (valid[0], valid[1], valid[1]), strict=True):
+        self.calibration, attention, valid = calibration, calibration.attention, calibration.valid
+        tables = []
+        for what, last in (("linear", valid.tokens), ("decode", valid.decode_tokens), ("host", valid.decode_tokens)):
+            profile: Profile = getattr(calibration, what) or Profile((0, last), (0.0, 0.0))
             if (end := profile.at[-1]) < last:
                 came, allowed = f"a profile to {end}", f"at least to the end of the valid range, {last}"
                 raise SpecError(f"calibration {calibration.calibration}: {what}.at: got {came}; allowed: {allowed}")
-        pair_s, context_s = (
-            attention.flop_per_pair / attention.flop_per_s,
-            attention.kv_bytes_per_token / attention.kv_bytes_per_s,
-        )
-        fixed, decode, hidden = (profile.table() for profile in profiles.values())
-        fixed += calibration.overhead_s
-        loop = dataclasses.astuple(calibration.loop)
-        self.costs = Costs(fixed, decode, hidden, pair_s, attention.masked_share, context_s, valid, *loop)
+            tables.append(profile.table())
+        linear, decode, host = tables
+        pair_s = attention.flop_per_pair / attention.flop_per_s
+        context_s = attention.kv_bytes_per_token / attention.kv_bytes_per_s
+        most, loop = dataclasses.astuple(valid), dataclasses.astuple(calibration.loop)
+        fixed = calibration.overhead_s + linear
+        self.costs = Costs(fixed, decode, host, pair_s, attention.masked_share, context_s, most, *loop)
 
     def step(self, prefill: int, decodes: int, pieces: int, pairs: int, context: int) -> float:
         """Seconds of one step without jitter. Counts as in STEP_COLUMNS, `pieces` being prefill_requests."""

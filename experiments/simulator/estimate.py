@@ -47,10 +47,7 @@ def calibration_here(testbed: str, settings: EngineSettings) -> Path | None:
         raise SpecError(f"{error}; make calibrate TESTBED={testbed} makes it anew") from None
 
 
-@cache
-def _tell(words: str) -> None:
-    """Say it once."""
-    console.print(words)
+say_once = cache(console.print)
 
 
 def calibrated(session: Session) -> Session:
@@ -61,7 +58,7 @@ def calibrated(session: Session) -> Session:
     try:
         path = calibration_here(session.testbed, session.engine)
     except SpecError as error:
-        _tell(f"estimated without this machine's calibration: {error}")
+        say_once(f"estimated without this machine's calibration: {error}")
         return session
     return replace(session, engine=replace(session.engine, calibration=str(path))) if path else session
 
@@ -69,8 +66,8 @@ def calibrated(session: Session) -> Session:
 def simulated_trial_seconds(session: Session, trial: Trial, trace: Trace | None) -> float:
     """Virtual seconds of a trial. Raises SpecError where no calibration covers the session's model and machine."""
     phases, _ = phases_of(session, trial, trace)
-    steps = simulated_engine(session.engine, session.seed).run(phases, session.time_limit_s).steps
-    return float((steps["start_s"] + steps["seconds"]).iloc[-1])
+    last = simulated_engine(session.engine, session.seed).run(phases, session.time_limit_s).steps.iloc[-1]
+    return float(last["start_s"] + last["seconds"])
 
 
 def simulated_saturation(session: Session, trial: Trial, trace: Trace) -> float:
@@ -102,12 +99,11 @@ def session_seconds(
         sessions = [session for session in expand(figure, testbed, replicates) if session.name in owed]
         return {session.name: _guess(session, owed[session.name]) for session in sessions}, "to simulate"
     first = [calibrated(session) for session in saturation_sessions(figure, testbed)]
-    rates, bases, known = dict(measured), set[str](), dict[tuple[str, object], float]()
+    rates, bases, found, known = dict(measured), set[str](), Seconds(), dict[tuple[str, object], float]()
     for session in first:
-        if trace and session.engine.calibration and session.model not in rates:
-            with suppress(SpecError):
+        if trace and session.model not in rates:
+            with suppress(SpecError):  # for want of a calibration
                 rates[session.model] = simulated_saturation(session, session.trials[0], trace)
-    found: Seconds = {}
     for session in (*first, *map(calibrated, expand(figure, testbed, replicates, rates))):
         own = {LOAD: testbed.estimate.load_s}
         try:
