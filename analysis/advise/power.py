@@ -24,7 +24,7 @@ from experiments.records.metrics import point_phase
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.estimate import calibrated, simulated_saturation
 from experiments.simulator.simulator import simulated_engine
-from experiments.spec.expand import LoadPoint, Session, expand, saturation_sessions
+from experiments.spec.expand import LoadPoint, expand, saturation_sessions
 from experiments.spec.spec import ServingFigure, Testbed, load_figure
 from experiments.spec.traces import Trace
 from experiments.spec.workload import choose_trace
@@ -46,11 +46,8 @@ class Power(NamedTuple):
 def judged(figure: ServingFigure, testbed: Testbed) -> list[Claim]:
     """The claims of a figure that are judged on a testbed, by what its machine is."""
     own = [claim for claim in load_claims() if claim.figure == figure.figure and not claim.scope.ours]
-    panels = {panel.model: panel for panel in figure.panels if panel.model in testbed.models}
-    places = {
-        model: Place(testbed.platform, testbed.scale, testbed.tensor_parallel or panel.tensor_parallel)
-        for model, panel in panels.items()
-    }
+    gpus = {panel.model: testbed.tensor_parallel or panel.tensor_parallel for panel in figure.panels}
+    places = {model: Place(testbed.platform, testbed.scale, gpus[model]) for model in gpus if model in testbed.models}
     return [claim for claim in own if claim.model in places and within(places[claim.model], claim.scope)]
 
 
@@ -59,22 +56,17 @@ def simulated_metrics(figure: ServingFigure, testbed: Testbed, trace: Trace) -> 
 
     Raises SpecError where no calibration covers the machine and the steps.
     """
-    rates, rows = {}, []
+    rates, rows = dict[str, float](), list[tuple[object, ...]]()
     for session in map(calibrated, saturation_sessions(figure, testbed)):
         rates[session.model] = simulated_saturation(session, session.trials[0], trace)
     for session in map(calibrated, expand(figure, testbed, len(figure.seeds), rates)):
-        rows += [_row(session, number, trace) for number in range(len(session.trials) - 1)]  # the last repeats the first
-    return pd.DataFrame(rows)
-
-
-def _row(session: Session, number: int, trace: Trace) -> dict[str, object]:
-    trial = session.trials[number]
-    point, (phases, roles) = trial.points[0], phases_of(session, trial, trace)
-    assert isinstance(point, LoadPoint)
-    engine = simulated_engine(session.engine, 1000 * session.seed + number)  # noise of its own, as each trial has
-    tbt, ttft, _ = engine.percentiles(engine.requests(phases[point_phase(roles)]))
-    at = {"model": session.model, "seed": session.seed, "qps": point.qps, "chunk_size": str(point.chunk_size)}
-    return at | {"tbt_p99": tbt, "ttft_p50": ttft}
+        for number, trial in enumerate(session.trials[:-1]):  # the last repeats the first
+            point, (phases, roles) = trial.points[0], phases_of(session, trial, trace)
+            assert isinstance(point, LoadPoint)
+            engine = simulated_engine(session.engine, 1000 * session.seed + number)  # noise of its own, as each trial has
+            tbt, ttft, _ = engine.percentiles(engine.requests(phases[point_phase(roles)]))
+            rows.append((session.model, session.seed, point.qps, str(point.chunk_size), tbt, ttft))
+    return pd.DataFrame(rows, columns=["model", "seed", "qps", "chunk_size", *METRICS])
 
 
 def logs_of(table: pd.DataFrame, claims: Sequence[Claim]) -> Array:
@@ -96,25 +88,20 @@ def power(claims: Sequence[Claim], logs: Array, replicates: int) -> Power:
     return Power(each, float(verdicts.all(axis=1).mean()))
 
 
-def minutes(figure: ServingFigure, testbed: Testbed, replicates: int) -> float:
-    """About how long the run takes, one session after the other."""
-    return sum(session.estimate_s + testbed.estimate.load_s for session in expand(figure, testbed, replicates)) / 60
-
-
 def search(figure: ServingFigure, testbed: Testbed, trace: Trace, claims: Sequence[Claim]) -> list[dict[str, float]]:
-    """Replicates and seconds of a trial, each with the power of all claims together and the minutes it takes."""
+    """Replicates and seconds of a trial, each with the power of all claims together and the minutes that the sessions take."""
     assert testbed.serving is not None
     found = []
     for seconds in SECONDS:
         tried = replace(testbed, serving=replace(testbed.serving, trial_seconds=seconds))
         logs = logs_of(simulated_metrics(figure, tried, trace), claims)
         for count in range(3, logs.shape[1] + 1):
-            took = minutes(figure, tried, count)
-            if took > MOST_MINUTES:
+            minutes = sum(session.estimate_s + tried.estimate.load_s for session in expand(figure, tried, count)) / 60
+            if minutes > MOST_MINUTES:
                 break
-            row = {"replicates": count, "seconds": seconds, "together": power(claims, logs, count).together, "minutes": took}
-            found.append(row)
-            if row["together"] >= WANTED:
+            together = power(claims, logs, count).together
+            found.append({"replicates": count, "seconds": seconds, "together": together, "minutes": minutes})
+            if together >= WANTED:
                 break
     return found
 

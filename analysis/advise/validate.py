@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import gmean
 
 from analysis.judge.load import Run, by_chunk_size, load_run, prefill_times, probe_steps, serving_trials
 from analysis.show.plots import save
@@ -57,27 +58,21 @@ def predicted_run(run: Run, calibrations: Mapping[str, Calibration]) -> Run:
     return replace(run, trials=tuple(trials))
 
 
-def geometric_mean(values: pd.Series) -> float:
-    """As it is drawn."""
-    return float(np.exp(np.log(values).mean()))
-
-
 def points(run: Run) -> pd.Series:
     """Seconds by model, at, chunk_size and metric.
 
     Over passes and seeds: of prefill the median; of TTFT and TBT the geometric mean; of step time the sum.
     """
+    metrics: dict[str, Any] = {STEP_TIME: ("seconds", "sum")}
     if run.kind == "prefill":
-        table = prefill_times(run)
-        table = by_chunk_size(table, "model", "prompt_length")
+        table = by_chunk_size(prefill_times(run), "model", "prompt_length")
         table["at"] = [f"{length / 1024:g}k" for length in table["prompt_length"]]
-        metrics: dict[str, Any] = {STEP_TIME: ("seconds", "sum"), "prefill": ("seconds", "median")}
+        metrics["prefill"] = "seconds", "median"
     else:
-        table = serving_trials(run)
-        table = by_chunk_size(table, "model", "qps")
+        table = by_chunk_size(serving_trials(run), "model", "qps")
         table["at"] = [f"QPS {qps:g}" for qps in table["qps"]]
         table["seconds"] = table["utilisation"] * table["duration"]  # in steps
-        metrics = {STEP_TIME: ("seconds", "sum")} | {name: (key, geometric_mean) for key, name in NAMES.items()}
+        metrics |= {name: (key, gmean) for key, name in NAMES.items()}  # as it is drawn
     found = table.groupby(["model", "at", "chunk_size"], sort=False).agg(**metrics).rename_axis(columns="metric")
     return pd.Series(found.stack())
 
