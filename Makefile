@@ -237,7 +237,7 @@ export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the resul
 	@$(PY) -m analysis.show.export $(SAY) -- "$$TRIAL"
 
 .PHONY: calibrate
-calibrate: setup ## fit the simulator to this machine's engine, under a minute per model, with a held-out error
+calibrate: setup ## fit the simulator to this machine's engine, about a minute per model, with a held-out error
 	@$(PY) -m experiments.calibrate.here --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
 # Kernel tables need an environment of their own: nothing else may come to rest on them.

@@ -1,6 +1,8 @@
 """`make validate`: what the simulator predicts for the measured runs of this machine, point by point, and how far off it is.
 
 Predicted are the very requests of each measured trial, with this machine's calibration. No measured run is calibrated on.
+A machine is not always as fast as it was then, so every trial is predicted twice: at the speed of calibration, which is all
+that can be foretold, and at the speed that the trial's own steps had, which leaves the errors of the model alone.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy.stats import gmean
 
-from analysis.judge.load import Run, by_chunk_size, load_run, prefill_times, probe_steps, serving_trials
+from analysis.judge.load import Run, by_chunk_size, load_run, prefill_times, serving_trials
 from analysis.show.plots import save
 from analysis.show.plots_validate import validation_figure
 from experiments.calibrate.here import calibrate, settings_of
@@ -27,7 +28,7 @@ from experiments.records.provenance import machine
 from experiments.records.record import STEP_COLUMNS, Phase, Record, Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
-from experiments.simulator.calibration import Calibration, load_calibration
+from experiments.simulator.calibration import Calibration, at_speed, load_calibration
 from experiments.simulator.cost_model import CostModel
 from experiments.simulator.estimate import calibration_here
 from experiments.simulator.simulator import SimulatedEngine
@@ -35,7 +36,9 @@ from experiments.spec.spec import EngineSettings, Testbed
 
 STEP_TIME = "step time"
 TOTAL_TARGET = 0.05  # of the summed step time
-TARGETS = {"P50 TTFT": (0.10, 0.25), "P99 TBT": (0.10, 0.25)}  # median and worst error over the points of Figure 9b
+# median and worst error over the points
+TARGETS = {"prefill": (0.05, 0.10), "P50 TTFT": (0.10, 0.25), "P99 TBT": (0.10, 0.25)}
+ERRORS = {"error": "predicted", "own_error": "at_own_speed"}  # of which prediction
 
 
 def phases_again(record: Record) -> list[Phase]:
@@ -48,14 +51,23 @@ def phases_again(record: Record) -> list[Phase]:
     return phases
 
 
-def predicted_run(run: Run, calibrations: Mapping[str, Calibration]) -> Run:
+def predicted_run(run: Run, calibrations: Mapping[str, Calibration], own_speed: bool = False) -> Run:
     """The same run with records from the simulator. calibrations: engine model -> calibration of this machine."""
     trials = []
     for trial in run.trials:
         settings, blocks = EngineSettings(**trial.facts["settings"]), trial.facts["engine"]["kv_blocks"]
-        engine = SimulatedEngine(settings, calibrations[settings.model], trial.facts["seed"], blocks)
+        calibration = calibrations[settings.model]
+        if own_speed:
+            calibration = at_speed(calibration, speed_of(trial.record.steps, calibration))
+        engine = SimulatedEngine(settings, calibration, trial.facts["seed"], blocks)
         trials.append(replace(trial, record=engine.run(phases_again(trial.record), 1e9)))
     return replace(run, trials=tuple(trials))
+
+
+def speed_of(steps: pd.DataFrame, calibration: Calibration) -> float:
+    """How fast the machine was in these steps (STEP_COLUMNS), 1 at calibration: their predicted over their measured time."""
+    cost, batches = CostModel(calibration), steps[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
+    return float(sum(cost.step(*batch) for batch in batches) / steps["seconds"].sum())
 
 
 def points(run: Run) -> pd.Series:
@@ -81,24 +93,23 @@ def compare(run: Run, calibrations: Mapping[str, Calibration]) -> pd.DataFrame:
     """One row per point and metric: measured and predicted, seconds, and the error. A trial's repetition is left out."""
     own = (t for t in run.trials if not t.repeat and any(role["role"] == "point" for role in t.facts["phases"]))
     run = replace(run, trials=tuple(own))
-    pair = {"measured": points(run), "predicted": points(predicted_run(run, calibrations))}
-    table = pd.DataFrame(pair).reset_index().assign(figure=run.figure)
-    table = table[["figure", "model", "metric", "at", "chunk_size", "measured", "predicted"]]
-    return table.assign(error=table["predicted"] / table["measured"] - 1)
+    own_speed = predicted_run(run, calibrations, own_speed=True)
+    kinds = {"measured": run, "predicted": predicted_run(run, calibrations), "at_own_speed": own_speed}
+    table = pd.DataFrame({name: points(kind) for name, kind in kinds.items()}).reset_index().assign(figure=run.figure)
+    table = table[["figure", "model", "metric", "at", "chunk_size", *kinds]]
+    return table.assign(**{name: table[kind] / table["measured"] - 1 for name, kind in ERRORS.items()})
 
 
-def speeds(run: Run, calibrations: Mapping[str, Calibration]) -> dict[str, float]:
-    """By model: how fast the machine was in the run, 1 at calibration: median of predicted over measured probe steps."""
-    engines = {trial.facts["model"]: trial.facts["settings"]["model"] for trial in run.trials}
-    found = {}
-    for model, steps in probe_steps(run).groupby("model"):
-        cost, batches = CostModel(calibrations[engines[model]]), steps[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
-        found[str(model)] = float(np.median([cost.step(*batch) for batch in batches] / steps["seconds"]))
-    return found
+def speeds(run: Run, calibrations: Mapping[str, Calibration]) -> dict[str, tuple[float, float, float]]:
+    """By model: how fast the machine was in a trial, 1 at calibration: the least, the median and the most over trials."""
+    rows = [(t.facts["model"], speed_of(t.record.steps, calibrations[t.facts["settings"]["model"]])) for t in run.trials]
+    of_model = pd.DataFrame(rows, columns=["model", "speed"]).groupby("model")["speed"]
+    found = of_model.agg(["min", "median", "max"])
+    return {str(model): (least, middle, most) for model, least, middle, most in found.itertuples()}
 
 
 def judge(table: pd.DataFrame) -> list[tuple[str, bool]]:
-    """Each target in a sentence with the value that was found, and whether it is met."""
+    """Each target in a sentence with the value that was found, and whether it is met by what was foretold."""
     found = []
     for figure, rows in table[table["metric"] == STEP_TIME].groupby("figure", sort=False):
         measured, predicted = rows["measured"].sum(), rows["predicted"].sum()
@@ -106,21 +117,26 @@ def judge(table: pd.DataFrame) -> list[tuple[str, bool]]:
         words = f"{figure}: total step time {measured:.1f} s measured, {predicted:.1f} s predicted: {error:+.1%}"
         found.append((f"{words} (target: within {TOTAL_TARGET:.0%})", bool(abs(error) <= TOTAL_TARGET)))
     for metric, (median, worst) in TARGETS.items():
-        errors = table.loc[table["metric"] == metric, "error"].abs()
-        words = f"{metric}: median error {errors.median():.1%}, worst {errors.max():.1%} over {len(errors)} points"
-        met = bool(errors.median() <= median and errors.max() <= worst)
-        found.append((f"{words} (target: at most {median:.0%} and {worst:.0%})", met))
+        errors = table.loc[table["metric"] == metric, list(ERRORS)].abs()
+        middle, most = errors.median(), errors.max()
+        foretold = f"median error {middle['error']:.1%}, worst {most['error']:.1%} over {len(errors)} points"
+        own = f"at the machine's speed in each trial {middle['own_error']:.1%} and {most['own_error']:.1%}"
+        met = bool(middle["error"] <= median and most["error"] <= worst)
+        found.append((f"{metric}: {foretold} (target: at most {median:.0%} and {worst:.0%}); {own}", met))
     return found
 
 
 def show(run: Run, table: pd.DataFrame) -> None:
-    """Print predicted against measured for every point; the CSV holds step time too."""
-    console.print(f"\n{run.title}\npredicted: SIMULATED with this machine's calibration; milliseconds")
-    view = terminal.table("model", "metric", "at", "chunk", "measured", "predicted", "error")
-    for row in table[table["metric"] != STEP_TIME].to_dict("records"):
-        numbers = (f"{1e3 * row['measured']:.1f}", f"{1e3 * row['predicted']:.1f}", f"{row['error']:+.1%}")
-        view.add_row(row["model"], row["metric"], row["at"], row["chunk_size"], *numbers)
+    """Print foretold against measured for every point; the CSV holds step time too."""
+    console.print(f"\n{run.title}\nactual: measured; foretold: SIMULATED with this machine's calibration; milliseconds")
+    rows = table[table["metric"] != STEP_TIME]
+    named = ["model", *(["metric"] if rows["metric"].nunique() > 1 else []), "at", "chunk_size"]
+    view = terminal.table(*(name.removesuffix("_size") for name in named), "actual", "foretold", "error", "own")
+    for row in rows.to_dict("records"):
+        seconds, errors = (row["measured"], row["predicted"]), (row[name] for name in ERRORS)
+        view.add_row(*(row[name] for name in named), *(f"{1e3 * each:.1f}" for each in seconds), *(f"{e:+.1%}" for e in errors))
     console.print(view, soft_wrap=False)
+    console.print("own: the error at the speed that the machine had in each trial, by all its steps")
 
 
 def measured_run(folder: Path, figure: str, testbed: str) -> Run:
@@ -174,8 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence, met in judged:
         console.print(f"{'met   ' if met else 'MISSED'}  {sentence}")
     fast = {run.figure: speeds(run, calibrations) for run in runs}
-    told = ", ".join(f"{figure} {model} {speed:.2f}" for figure, of in fast.items() for model, speed in of.items())
-    console.print(f"speed of this machine in the runs, 1 at calibration, by the fixed step of every trial: {told}")
+    told = "; ".join(
+        f"{figure} {model} {least:.2f} to {most:.2f}, median {middle:.2f}"
+        for figure, of in fast.items()
+        for model, (least, middle, most) in of.items()
+    )
+    console.print(f"speed of this machine in the trials, 1 at calibration: {told}")
+    console.print("what is missed above, but not at the trials' own speed, is its drift: no calibration foretells that")
     console.print(written(*files))
     result(targets=[{"target": words, "met": met} for words, met in judged], speeds=fast, files=files)
     return 0 if all(met for _, met in judged) else 1

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     testbed, reason = choose_testbed(options.testbed, options.out)
     if testbed.platform == "simulated":
         raise SpecError(f"--testbed: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
-    console.print(f"testbed {testbed.testbed} ({reason}); less than a minute for each model on the CPU")
+    console.print(f"testbed {testbed.testbed} ({reason}); about a minute for each model on the CPU")
     found = {}
     for model, (settings, decoding) in settings_of(testbed).items():
         began = time.monotonic()

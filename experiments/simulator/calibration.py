@@ -168,6 +168,24 @@ def load_calibration(name: str, folder: Path = CALIBRATIONS) -> Calibration:
     return read_spec(path_of(name, folder), Calibration)
 
 
+def at_speed(calibration: Calibration, speed: float) -> Calibration:
+    """The same machine at another speed, 1 as calibrated: every time of a step and between steps is divided by it."""
+
+    def slowed(profile: Profile) -> Profile:
+        return Profile(profile.at, tuple(seconds / speed for seconds in profile.seconds))
+
+    rates, loop = calibration.attention, calibration.loop
+    return dataclasses.replace(
+        calibration,
+        overhead_s=calibration.overhead_s / speed,
+        linear=slowed(calibration.linear),
+        decode=slowed(calibration.decode),
+        host=slowed(calibration.host) if calibration.host else None,
+        attention=dataclasses.replace(rates, flop_per_s=rates.flop_per_s * speed, kv_bytes_per_s=rates.kv_bytes_per_s * speed),
+        loop=Loop(loop.between_s / speed, loop.request_s / speed, loop.wake_s / speed),
+    )
+
+
 def kv_bytes_per_token(shape: Mapping[str, int], tensor_parallel: int, dtype: str) -> float:
     """Bytes of keys and values per token and GPU: 2 x head dimension x KV heads x layers x bytes per number."""
     heads = shape["num_key_value_heads"] / tensor_parallel
