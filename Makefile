@@ -240,6 +240,10 @@ export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the resul
 calibrate: setup ## fit the simulator to this machine's engine, about a minute per model, with a held-out error
 	@$(PY) -m experiments.calibrate.here --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
+.PHONY: gpu-check
+gpu-check: setup ## the first 15 minutes on a GPU: does all of it work, and how fast; one file to send back; TESTBED=cpu: in small
+	@$(PY) -m analysis.advise.gpu_check --testbed="$$TESTBED" --out="$$OUT" $(SAY)
+
 # Kernel tables need an environment of their own: nothing else may come to rest on them.
 TABLES := .venv-tables
 $(TABLES)/tables.stamp: docker/tables.lock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -15,13 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.cluster.placement import Node, makespan
 from experiments.cluster.plan import Plan, local_node
+from experiments.engine.engine_process import engines
 from experiments.engine.session import TrialResult, run_session
 from experiments.machine import doctor
+from experiments.records.errors import SpecError
 from experiments.records.provenance import sbom
+from experiments.records.record import Engine
 from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, reason, result, tell, written
 from experiments.simulator.simulator import simulated_engine
-from experiments.spec.expand import SATURATION
+from experiments.spec.expand import SATURATION, Session
+from experiments.spec.traces import Trace
 
 
 class Ticker(Progress):
@@ -55,14 +59,15 @@ class Ticker(Progress):
             console.print(f"[{task.completed:.0f}/{self.trials}] {what}, about {minutes:.1f} min left")
 
 
-def execute(plan: Plan) -> int:
+def execute(plan: Plan, with_ray: bool = True) -> int:
     """Run what is owed and seal the run. 0 complete, 1 something is missing."""
     with plan.run.locked():
         owed, failed = plan.owed(), dict[str, str]()
         outlook = plan.outlook(owed)
         console.print(plan.text(outlook))
         if owed:
-            failed = _run_owed(plan, owed, {each["session"]: sum(each["seconds"].values()) for each in outlook["sessions"]})
+            totals = {each["session"]: sum(each["seconds"].values()) for each in outlook["sessions"]}
+            failed = _run_owed(plan, owed, totals, with_ray)
         for name, reason in failed.items():
             console.print(f"missing: {name}: {reason}")
         if failed:
@@ -80,8 +85,8 @@ def execute(plan: Plan) -> int:
     return 1 if failed else 0
 
 
-def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) -> dict[str, str]:
-    """Run it, saturation first, where it is owed: the rates of everything else rest on it. Simulations need no Ray.
+def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float], with_ray: bool) -> dict[str, str]:
+    """Run it. Simulations need no Ray.
 
     totals: session -> seconds that it is to take.
     """
@@ -93,6 +98,9 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
                 for found in run_session(session, owed[session.name], engine, plan.trace):
                     ticker.store(found)
         return {}
+    if not with_ray:
+        with Ticker(plan, trials, sum(totals.values())) as ticker:
+            return _in_turn(plan, lambda sessions: _one_by_one(sessions, owed, plan.trace, ticker.store))
     from experiments.cluster.cluster import Fleet, ray_cluster, run_sessions
 
     with ray_cluster() as ray:
@@ -105,11 +113,35 @@ def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float]) 
         plan.run.note_schedule(noted)
         with Ticker(plan, trials, makespan(slots)) as ticker:
             how = (owed, plan.trace, ticker.store, plan.run.write_log, fleet, machines, totals)
-            failed = run_sessions(ray, plan.saturation, *how)
-            if not failed:
-                plan.sessions = plan.expand()
-                failed = plan.unmeasured() or run_sessions(ray, plan.sessions, *how)
-            return failed
+            return _in_turn(plan, lambda sessions: run_sessions(ray, sessions, *how))
+
+
+def _in_turn(plan: Plan, run: Callable[[Sequence[Session]], dict[str, str]]) -> dict[str, str]:
+    """Saturation first; then the other sessions, at the rates that follow from it. What failed, with the reason."""
+    if failed := run(plan.saturation):
+        return failed
+    plan.sessions = plan.expand()
+    return plan.unmeasured() or run(plan.sessions)
+
+
+def _one_by_one(
+    sessions: Sequence[Session], owed: Mapping[str, list[str]], trace: Trace | None, store: Callable[[TrialResult], None]
+) -> dict[str, str]:
+    """Without Ray: one session after the other on this machine, each in a process of its own. What failed, with the reason."""
+    failed = {}
+    for session in (session for session in sessions if session.name in owed):
+        try:
+            with engines([session.engine]) as (run,):
+                for found in run(_trials, session, owed[session.name], trace):
+                    store(found)
+        except SpecError as error:
+            failed[session.name] = str(error)
+    return failed
+
+
+def _trials(engine: Engine, session: Session, owed: Collection[str], trace: Trace | None) -> list[TrialResult]:
+    """In the engine's process."""
+    return list(run_session(session, owed, lambda _: engine, trace))
 
 
 def _seal(plan: Plan) -> Path | None:
@@ -160,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("figure", help="a figure's name or YAML file, or 'doctor'")
     parser.add_argument("--replicates", type=int, help="seeds of each point; default: the testbed's number")
     parser.add_argument("--plan", action="store_true", help="print what would be run; start nothing")
+    parser.add_argument("--no-ray", action="store_true", help="one session after the other on this machine, without Ray")
     parser.add_argument("--bags", type=Path, help="name the bags of the complete run in this file, as JSON")
     options = parse(parser, argv)
     if options.figure == "doctor":
@@ -173,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     kept = "finished trials are kept, the same command resumes"
     try:
-        status = execute(plan)
+        status = execute(plan, not options.no_ray)
     except KeyboardInterrupt as error:
         error.add_note(kept)
         raise

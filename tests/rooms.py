@@ -25,7 +25,7 @@ FLOORS = {
         "published", "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views",
         "report", "export"
     ],
-    "analysis.advise": ["power", "capacity", "advice", "recommend", "paper_capacity", "validate"],
+    "analysis.advise": ["power", "capacity", "advice", "recommend", "paper_capacity", "validate", "gpu_check"],
 }  # fmt: skip
 ROOM = {f"{room}.{module}": room for room, modules in FLOORS.items() for module in modules}  # of each module, in order
 PICTURE = ROOT / "docs" / "rooms.svg"

@@ -209,7 +209,11 @@ def package(runs: Path, report: Path, target: Path) -> list[str]:
     files = {f"runs/{path.relative_to(runs).as_posix()}": path for bag in bags for path in bag.rglob("*")}
     for folder, kept in ((REFERENCE, "reference"), *([] if no_report(runs, report) else [(report, "report")])):
         files |= {f"{kept}/{path.name}": path for path in folder.glob("*") if not path.name.startswith(".")}
-    files |= {name: ROOT / name for name in ("README.md", "LICENSE", "CITATION.cff")}
+    return pack(files | {name: ROOT / name for name in ("README.md", "LICENSE", "CITATION.cff")}, target)
+
+
+def pack(files: Mapping[str, Path], target: Path) -> list[str]:
+    """Write an archive of those that are plain files, under these names, with a manifest; returns the names in it."""
     whole = {name: path for name, path in sorted(files.items()) if path.is_file() and not path.is_symlink()}
     manifest = "".join(f"{sha256(path)}  {name}\n" for name, path in whole.items())
     write_whole(target, partial(_zip, manifest.encode(), whole))

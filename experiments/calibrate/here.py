@@ -40,19 +40,21 @@ def settings_of(testbed: Testbed) -> dict[str, tuple[EngineSettings, int]]:
             engine = session.engine
             known, decoding = found.get(engine.model, (engine, 0))
             decoding = max(decoding, engine.max_model_len if session.kind == "serving" else 0)
-            found[engine.model] = max(known, engine, key=lambda settings: settings.max_model_len), decoding
+            found[engine.model] = max(known, engine, key=lambda asked: (asked.max_model_len, asked.max_budget)), decoding
     return found
 
 
-def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
+def calibration_phases(settings: EngineSettings, decoding: int, kv_blocks: int, block_size: int) -> list[Phase]:
     """Work whose steps cover what the engine can be asked, in random order, so that drift of the machine hits all alike.
 
     Prompts of the greatest length, and its halves, in one step each (such a step is slower alone than after others of its size:
     memory is mapped anew); the longest in chunks of at most an eighth, or what the engine allows; full and smaller batches that
-    decode together at short contexts, a full one at the longest (`decoding`, tokens); at every chunk size random requests that
-    come while others run; and some one by one, so that the engine pauses in between.
+    decode together at short contexts, and at the longest (`decoding`, tokens) a full one or as many as fill the KV cache, which
+    has `kv_blocks` of `block_size` tokens; at every chunk size random requests that come while others run; and some one by one,
+    so that the engine pauses in between.
     """
     longest, largest, batch = settings.max_model_len, settings.max_budget, settings.max_batch
+    usable = kv_blocks - 1  # vLLM keeps one
     draw, phases = np.random.default_rng(1), []
 
     def load(budget: int, count: int, gap_s: float, most: int) -> Phase:
@@ -69,17 +71,24 @@ def calibration_phases(settings: EngineSettings, decoding: int) -> list[Phase]:
         phases += [Phase(budget, (Request(0.0, longest - 1, 1, seed=budget),))] * again
         phases += [load(budget, 3 * batch // 4, gap_s=0.03, most=2 * DECODES) for _ in range(2) if budget > batch]
         budget //= 2
-    for count, total in [(batch, decoding), *((batch >> n, longest // 8) for n in range(batch.bit_length()))]:
+    filling = max(1, min(batch, -(-usable * block_size // max(1, decoding))))
+    for count, most in [(filling, decoding), *((batch >> n, longest // 8) for n in range(batch.bit_length()))]:
+        total = min(most, usable // count * block_size)  # else some would wait for the blocks of others
         # each goes on for DECODES steps after the last prompt is done, so that all decode at once
-        output = min(DECODES + count * -(-total // chunk), total - 1)
+        output = min(DECODES + -(-count * total // chunk), total - 1)
         if output > 0:
             phases.append(Phase(chunk, tuple(Request(0.0, total - output, output, seed=n) for n in range(count))))
     phases += [load(chunk, 8, gap_s=0.2, most=8)] * 3
     return [phases[place] for place in draw.permutation(len(phases))]
 
 
-def _facts_and_record(engine: Engine, phases: Sequence[Phase]) -> tuple[int, Record]:
-    return engine.facts["block_size"], engine.run(phases, time_limit_s=LIMIT_S)
+def _kv_cache(engine: Engine) -> tuple[int, int]:
+    """Its blocks, and the tokens of each."""
+    return engine.facts["kv_blocks"], engine.facts["block_size"]
+
+
+def _served(engine: Engine, phases: Sequence[Phase]) -> Record:
+    return engine.run(phases, time_limit_s=LIMIT_S)
 
 
 def uncertain(calibration: Calibration) -> list[int]:
@@ -100,20 +109,24 @@ def phases_with(phases: Sequence[Phase], record: Record, sizes: Sequence[int]) -
 
 def _measured(settings: EngineSettings, decoding: int, name: str) -> Calibration:
     """Run the calibration's steps on a fresh engine and fit them; sizes of whose steps too little is known run again."""
-    here, phases = machine()["type"], calibration_phases(settings, decoding)
+    here = machine()["type"]
     with engines([settings]) as (run,):
-        block_size, first = run(_facts_and_record, phases)
-        record, parts = first, list[tuple[pd.DataFrame, pd.DataFrame, Loop]]()
+        kv_blocks, block_size = run(_kv_cache)
+        phases = calibration_phases(settings, decoding, kv_blocks, block_size)
+        record = first = run(_served, phases)
+        parts = list[tuple[pd.DataFrame, pd.DataFrame, Loop]]()
         while True:
             if record.truncated:
-                raise SpecError(f"{settings.model}: its calibration took over {LIMIT_S:g} s; a faster machine is needed")
+                came = f"{record.requests['phase'].nunique()} of {len(phases)} loads"
+                took = f"{settings.model}: its calibration took over {LIMIT_S:g} s, for {came}, so nothing is stored"
+                raise SpecError(f"{took}; end what else runs here, or use a faster machine")
             parts.append(observed(record))
             steps, paused = (pd.concat(frames, ignore_index=True) for frames in list(zip(*parts, strict=True))[:2])
             source = f"{len(steps)} steps of vLLM on this machine ({here})"
             fitted = fit_records(steps, settings, name, f"{settings.model} on {here}", source, block_size)
             if len(parts) > AGAIN or not (sizes := uncertain(fitted)):
-                return replace(with_loop(fitted, paused, parts[0][2]), made_on=made_on(settings))
-            _, record = run(_facts_and_record, phases_with(phases, first, sizes))
+                return replace(with_loop(fitted, paused, parts[0][2]), made_on=made_on(settings), kv_blocks=kv_blocks)
+            record = run(_served, phases_with(phases, first, sizes))
 
 
 def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE) -> Path:

@@ -18,7 +18,7 @@ from experiments.records.provenance import commit, identity, machine, sha256
 from experiments.records.store import LOOKS, Run, read_trial
 from experiments.simulator.calibration import CALIBRATIONS
 from experiments.simulator.estimate import session_seconds, simulated_saturations
-from experiments.spec.expand import SATURATION, SATURATION_REQUESTS, LoadPoint, Session, expand, saturation_sessions
+from experiments.spec.expand import SATURATION, LoadPoint, Session, expand, saturation_requests, saturation_sessions
 from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of
 from experiments.spec.traces import Trace
 from experiments.spec.workload import check_gaps, check_requests, choose_trace
@@ -220,7 +220,7 @@ def drawn_from(trace: Trace, figure: ServingFigure, testbed: Testbed) -> Serving
     Where the testbed maps the load, how many a trial serves follows from a rate that nobody knows yet: then at most all of
     them. Raises SpecError, before anything is loaded, if they are too few for that too.
     """
-    least = min(SATURATION_REQUESTS, figure.requests) if testbed.serving else figure.requests
+    least = saturation_requests(figure, testbed) if testbed.serving else figure.requests
     check_requests(trace, least, f"as a trial of {figure.figure} on testbed {testbed.testbed} serves so many")
     return replace(figure, requests=min(figure.requests, len(trace.prompt)))
 

@@ -20,7 +20,7 @@ from experiments.records.provenance import gpus, machine
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.spec.spec import TESTBEDS, Testbed, load_testbed
 
-PREFERENCE = ("a100", "gpu-24g", "cpu")  # auto: the paper's machine, a smaller GPU's, any machine
+PREFERENCE = ("a100", "gpu-80g-pair", "gpu-80g", "gpu-24g", "cpu")  # auto: the paper's machine, then the largest GPU's
 TAKEN_MIB = 1024  # a GPU with more in use belongs to someone else; an idle one uses less than half of this
 SHARED = Path("/dev/shm")
 

@@ -159,7 +159,8 @@ class Calibration:
     loop: Loop = Loop()
     made_on: dict[str, str] = dataclasses.field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()  # of steps of a machine at hand, by size
-    device_memory_bytes: Positive | None = None  # None: the testbed says how large the KV cache is
+    device_memory_bytes: Positive | None = None  # of a card; None: the testbed or `kv_blocks` says how large the KV cache is
+    kv_blocks: Count | None = None  # of the engine of the machine at hand
     host: Profile | None = None  # seconds that a step takes at least, by requests that decode; None: the host hides nothing
 
 
@@ -216,7 +217,8 @@ def weight_bytes(shape: Mapping[str, int], tensor_parallel: int, dtype: str) -> 
 
 
 def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:
-    """KV blocks of the engine: the testbed's KV cache, or GPU memory x utilization less weights, over a block's bytes.
+    """KV blocks of the engine: of the testbed's KV cache, those of the engine that was calibrated, or GPU memory x utilization
+    less weights, over a block's bytes.
 
     What activations and the CUDA context take is not modelled; `device_memory_bytes` is the nominal 80e9 of cards that report
     5 % more, which leaves room for them. Raises SpecError if the memory is unknown or too small.
@@ -225,8 +227,10 @@ def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:
     block = calibration.block_size * kv_bytes_per_token(shape, settings.tensor_parallel, settings.dtype)
     if settings.kv_cache_gib is not None:
         return int(settings.kv_cache_gib * 2**30 // block)
+    if calibration.kv_blocks is not None:
+        return calibration.kv_blocks
     if calibration.device_memory_bytes is None or settings.gpu_memory_utilization is None:
-        allowed = "kv_cache_gib in the testbed, or gpu_memory_utilization there and device_memory_bytes here"
+        allowed = "kv_cache_gib in the testbed, kv_blocks here, or gpu_memory_utilization there and device_memory_bytes here"
         raise SpecError(f"calibration {calibration.calibration}: size of the KV cache: got none; allowed: {allowed}")
     memory = calibration.device_memory_bytes * settings.gpu_memory_utilization
     blocks = int((memory - weight_bytes(shape, settings.tensor_parallel, settings.dtype)) // block)

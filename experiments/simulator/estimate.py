@@ -25,13 +25,16 @@ HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never
 
 
 def made_on(settings: EngineSettings) -> dict[str, str]:
-    """What must be the same for a calibration from make calibrate to hold: machine, model shape, dtype, threads, GPUs."""
+    """What must be the same for a calibration from make calibrate to hold: machine, model shape, dtype, threads, GPUs, and what
+    share of their memory its KV blocks are of."""
+    share = settings.gpu_memory_utilization
     return {
         "machine": machine()["type"],
         "model": sha256(MODELS / f"{settings.model}.json"),
         "dtype": settings.dtype,
         "threads": str(settings.threads),
         "tensor_parallel": str(settings.tensor_parallel),
+        **({"gpu_memory_utilization": str(share)} if share else {}),
     }
 
 

@@ -11,7 +11,7 @@ from experiments.spec.spec import EngineSettings, Figure, Panel, PrefillFigure, 
 
 REPEAT = "-repeat"  # suffix of the first trial when it is run again at the end of its session
 SATURATION = "saturation"  # the trial that measures a model's saturation throughput
-SATURATION_REQUESTS = 96
+SATURATION_BATCHES = 6  # full batches of requests that it serves: with fewer than one the engine is never full
 STEPS_PER_REQUEST = 50  # of the traces, roughly
 FEWEST_REQUESTS = 16  # with some 30 tokens each, about 500 gaps for a P99
 
@@ -90,6 +90,11 @@ def expand(
     return sorted(sessions, key=lambda session: -session.estimate_s)
 
 
+def saturation_requests(figure: ServingFigure, testbed: Testbed) -> int:
+    """How many requests a saturation trial serves."""
+    return min(SATURATION_BATCHES * max(1, figure.max_batch // testbed.scale), figure.requests)
+
+
 def saturation_sessions(figure: Figure, testbed: Testbed) -> list[Session]:
     """One session per model, to measure its saturation throughput at the smallest chunk size; none where it is not needed."""
     if not isinstance(figure, ServingFigure) or testbed.serving is None:
@@ -98,7 +103,7 @@ def saturation_sessions(figure: Figure, testbed: Testbed) -> list[Session]:
     for panel in (panel for panel in figure.panels if panel.model in testbed.models):
         size = min(panel.chunk_sizes, key=lambda size: size or longest)
         budget = _scaled(size or longest, testbed, f"{figure.figure}: {panel.model}.chunk_sizes")
-        point = LoadPoint(0.0, size, 0.0, budget, min(SATURATION_REQUESTS, figure.requests), longest)
+        point = LoadPoint(0.0, size, 0.0, budget, saturation_requests(figure, testbed), longest)
         trial, name = Trial(SATURATION, (point,)), f"{panel.model}-{SATURATION}"
         sessions.append(_session(figure, panel, testbed, figure.seeds[0], (trial,), name))
     return sessions

@@ -139,7 +139,7 @@ def test_a_damaged_saturation_trial_on_which_nothing_rests_is_measured_again(dri
 
 @pytest.mark.parametrize(
     ("testbed", "requests", "allowed"),
-    [("a100-sim", 1023, "1,024"), ("a100", 1023, "1,024"), ("cpu", 95, "96"), ("cpu", 1, "96")],
+    [("a100-sim", 1023, "1,024"), ("a100", 1023, "1,024"), ("gpu-80g", 767, "768"), ("cpu", 95, "96"), ("cpu", 1, "96")],
 )
 @pytest.mark.parametrize("more", [[], ["--plan"]])
 def test_a_trace_with_too_few_requests_is_refused_when_it_is_read(

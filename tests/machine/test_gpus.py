@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -143,9 +144,35 @@ def test_doctor_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ] == [True]
 
 
+H100, RTX = "NVIDIA H100 80GB HBM3, 81559, 4, 580.95.05", "NVIDIA GeForce RTX 4090, 24564, 300, 580.95.05"
+A100 = "NVIDIA A100-SXM4-80GB, 81920, 4, 580.95.05"
+
+
 @pytest.mark.parametrize(
-    ("testbed", "figure"), [("a100", "fig9a"), ("a100", "fig9b"), ("gpu-24g", "fig9a"), ("gpu-24g", "fig9b")]
+    ("cards", "joined", "testbed"),
+    [
+        ([A100, A100], True, "a100"),
+        ([H100, H100], True, "gpu-80g-pair"),
+        ([H100, H100], False, "gpu-80g"),
+        ([A100], False, "gpu-80g"),
+        ([RTX], False, "gpu-24g"),
+        ([], False, "cpu"),
+    ],
 )
+def test_auto_is_the_largest_that_fits(
+    cards: list[str], joined: bool, testbed: str, four_cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = "".join(f"echo '{card}';" for card in cards) or "true;"
+    (four_cards / "matrix").write_text(matrix(len(cards), {(0, 1): 18} if joined else {}))
+    (four_cards / "nvidia-smi").write_text(f'#!/bin/sh\ncase "$1" in topo) cat {four_cards}/matrix ;; *) {listed} esac\n')
+    monkeypatch.setattr(doctor, "machine", lambda: {"cores": 64, "memory_gib": 512.0})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50, total=2**50))
+    found, reason = doctor.choose_testbed("auto", tmp_path)
+    assert found.testbed == testbed, reason
+
+
+@pytest.mark.parametrize("testbed", ["a100", "gpu-80g-pair", "gpu-80g", "gpu-24g"])
+@pytest.mark.parametrize("figure", ["fig9a", "fig9b"])
 def test_every_gpu_testbed_fits_its_card(testbed: str, figure: str) -> None:
     bed = load_testbed(testbed)
     for session in expand(load_figure(figure), bed, replicates=1):

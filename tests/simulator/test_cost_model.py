@@ -134,7 +134,8 @@ def test_kv_blocks() -> None:
     calibration = load_calibration("a100-yi-34b-tp2")
     assert kv_blocks(YI, calibration) == int((0.85 * 80e9 - weight_bytes(load_model("yi-34b"), 2, "float16")) // (16 * 122_880))
     assert kv_blocks(replace(YI, kv_cache_gib=1.0), calibration) == 2**30 // (16 * 122_880)
-    with pytest.raises(SpecError, match="size of the KV cache: got none; allowed: kv_cache_gib in the testbed, or"):
+    assert kv_blocks(YI, replace(calibration, kv_blocks=100)) == 100, "what the engine says of itself"
+    with pytest.raises(SpecError, match="size of the KV cache: got none; allowed: kv_cache_gib in the testbed, kv_blocks here"):
         kv_blocks(MISTRAL, TOY)
     with pytest.raises(SpecError, match="yi-34b: weights: got more than 8e"):
         kv_blocks(replace(YI, gpu_memory_utilization=0.1), calibration)

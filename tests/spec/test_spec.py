@@ -205,7 +205,9 @@ def test_every_second_session_runs_the_order_of_the_one_before_backwards(figure:
         assert orders[0] != orders[2]
 
 
-@pytest.mark.parametrize(("testbed", "limits"), [("cpu", {"serving": 120.0}), ("a100", {"serving": 10800.0})])
+@pytest.mark.parametrize(
+    ("testbed", "limits"), [("cpu", {"serving": 120.0}), ("gpu-80g", {"serving": 7200.0}), ("a100", {"serving": 10800.0})]
+)
 def test_each_kind_of_figure_has_its_own_time_limit(testbed: str, limits: dict[str, float]) -> None:
     """A pass of 9a on a slow machine is not cut by what a serving trial may take."""
     found = {s.kind: s.time_limit_s for name in ("fig9a", "fig9b") for s in expand(load_figure(name), load_testbed(testbed), 1)}
