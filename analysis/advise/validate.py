@@ -25,7 +25,7 @@ from experiments.records import terminal
 from experiments.records.errors import SpecError
 from experiments.records.metrics import NAMES
 from experiments.records.provenance import machine
-from experiments.records.record import STEP_COLUMNS, Phase, Record, Request
+from experiments.records.record import Phase, Record, Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.calibration import Calibration, at_speed, load_calibration
@@ -66,8 +66,7 @@ def predicted_run(run: Run, calibrations: Mapping[str, Calibration], own_speed: 
 
 def speed_of(steps: pd.DataFrame, calibration: Calibration) -> float:
     """How fast the machine was in these steps (STEP_COLUMNS), 1 at calibration: their predicted over their measured time."""
-    cost, batches = CostModel(calibration), steps[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
-    return float(sum(cost.step(*batch) for batch in batches) / steps["seconds"].sum())
+    return float(sum(CostModel(calibration).seconds(steps)) / steps["seconds"].sum())
 
 
 def points(run: Run) -> pd.Series:

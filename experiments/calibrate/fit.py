@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from experiments.calibrate.published import fit_error, rounded_profile
 from experiments.records.errors import SpecError
-from experiments.records.record import STEP_COLUMNS, Record
+from experiments.records.record import Record
 from experiments.simulator.calibration import Calibration, Floats, Ints, Jitter, Loop, Piece, Profile, ValidRange, attention_of
 from experiments.simulator.cost_model import PAUSE_S, CostModel
 from experiments.spec.spec import EngineSettings
@@ -169,8 +169,7 @@ def with_loop(calibration: Calibration, paused: pd.DataFrame, loop: Loop) -> Cal
 
     An excess in seconds: on one machine it was 3 to 6 ms for steps of 10 as of 50 ms.
     """
-    model, batches = CostModel(calibration), paused[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
-    excess = paused["seconds"] - [model.step(*batch) for batch in batches]
+    excess = paused["seconds"] - CostModel(calibration).seconds(paused)
     wake_s = max(0.0, float(excess.median())) if len(excess) else 0.0
     return replace(calibration, loop=replace(loop, wake_s=wake_s))
 

@@ -86,9 +86,7 @@ def _known(settings: Settings) -> Settings:
     return settings
 
 
-class HeldOut(TypedDict):
-    """By how much a calibration is off on steps that it was not fitted to."""
-
+class HeldOut(TypedDict):  # of steps that a calibration was not fitted to
     held_out: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 
@@ -98,9 +96,7 @@ def _told(engine: Engine) -> Engine:
     return engine
 
 
-class Engine(TypedDict):
-    """What an engine says of itself."""
-
+class Engine(TypedDict):  # what it says of itself
     engine: Name
     simulated: NotRequired[bool]
     load_s: NotRequired[Amount]
@@ -109,16 +105,12 @@ class Engine(TypedDict):
     calibration_error: NotRequired[HeldOut]
 
 
-class Machine(TypedDict):
-    """What a trial ran on."""
-
+class Machine(TypedDict):  # what a trial ran on
     type: str
     gpus: NotRequired[list[str]]
 
 
-class Trace(TypedDict):
-    """Where the lengths of requests are from."""
-
+class Trace(TypedDict):  # where the lengths of requests are from
     name: str
     kind: str
 
@@ -164,16 +156,12 @@ def _measured(facts: Facts) -> Facts:
     return facts
 
 
-class Commit(TypedDict):
-    """Of the tree that made a run."""
-
+class Commit(TypedDict):  # of the tree that made a run
     commit: str | None
     modified: bool | None
 
 
-class Requires(TypedDict):
-    """What the testbed asks of a machine, as far as claims rest on it."""
-
+class Requires(TypedDict):  # of a machine, as far as claims rest on it
     gpus: Annotated[int, Field(ge=0, le=1000)]
     gpu_name: str
 
@@ -194,18 +182,14 @@ class Plan(TypedDict):
     requires: NotRequired[Requires]
 
 
-class Slot(TypedDict):
-    """When a session was to run, seconds from the start of the driver."""
-
+class Slot(TypedDict):  # when a session was to run, seconds from the start of the driver
     session: Name
     node: str
     start_s: Amount
     end_s: Amount
 
 
-class Schedule(TypedDict):
-    """What one start of the driver planned."""
-
+class Schedule(TypedDict):  # what one start of the driver planned
     planned: Moment
     slots: Annotated[list[Slot], Field(max_length=10_000)]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import numpy as np
@@ -164,9 +163,9 @@ class Calibration:
     host: Profile | None = None  # seconds that a step takes at least, by requests that decode; None: the host hides nothing
 
 
-def load_calibration(name: str, folder: Path = CALIBRATIONS) -> Calibration:
+def load_calibration(name: str) -> Calibration:
     """The calibration of that name, or of that YAML path. Raises SpecError for a missing, malformed or incomplete file."""
-    return read_spec(path_of(name, folder), Calibration)
+    return read_spec(path_of(name, CALIBRATIONS), Calibration)
 
 
 def at_speed(calibration: Calibration, speed: float) -> Calibration:

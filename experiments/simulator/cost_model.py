@@ -16,12 +16,15 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from experiments.records.errors import SpecError
+from experiments.records.record import STEP_COLUMNS
 from experiments.simulator.calibration import Calibration, Floats, Jitter, Profile
 from experiments.simulator.compiled import compiled
 
 PAUSE_S = 0.005  # without work for longer, and the next step finds the caches cold
+BATCH = list(STEP_COLUMNS)[3:8]  # what CostModel.step is told of a step, in its order
 LIMITED = ("tokens", "requests that decode", "query-key pairs of prefill attention", "tokens of decode context")
 
 
@@ -79,6 +82,10 @@ class CostModel:
                 where = f"calibration {self.calibration.calibration}: {what} in a step"
                 raise SpecError(f"{where}: got {came}; allowed: at most {most}")
         return step_seconds(self.costs, prefill, decodes, pieces, pairs, context)
+
+    def seconds(self, steps: pd.DataFrame) -> Floats:
+        """Seconds of a record's steps without jitter, shape (steps,)."""
+        return np.array([self.step(*batch) for batch in steps[BATCH].to_numpy().tolist()])
 
 
 def jitter_factors(jitter: Jitter, seed: int, first: int, count: int, only_decodes: bool = False) -> Floats:

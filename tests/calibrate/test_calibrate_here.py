@@ -138,8 +138,7 @@ def test_fit_finds_a_known_engine(late: float, tmp_path: Path) -> None:
     unseen = records(1500, 2).query("prefill_pairs <= @fitted.valid.prefill_pairs")
     unseen = unseen.query("prefill_tokens + decode_tokens <= @fitted.valid.tokens")
     unseen = unseen.query("decode_context <= @fitted.valid.decode_context")
-    columns = ("prefill_tokens", "decode_tokens", "prefill_requests", "prefill_pairs", "decode_context")
-    predicted = np.array([CostModel(fitted).step(*row) for row in unseen[[*columns]].to_numpy().tolist()])
+    predicted = CostModel(fitted).seconds(unseen)
     seconds = unseen["seconds"].to_numpy()
     assert predicted.sum() == pytest.approx(seconds.sum(), rel=0.02)
     assert np.abs(predicted / seconds - 1).mean() < 0.05  # jitter alone: 0.04
@@ -163,9 +162,7 @@ def test_noise_does_not_make_the_prediction_too_short() -> None:
     steps = records(1500, 1)
     steps["seconds"] *= np.exp(np.random.default_rng(3).normal(0.0, 0.25, len(steps)))
     fitted = CostModel(fit.fit_records(steps, SETTINGS, "here", "t", "x", 16))
-    batches = steps[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()
-    predicted = sum(fitted.step(*batch) for batch in batches)
-    assert predicted == pytest.approx(steps["seconds"].sum(), rel=0.02)
+    assert fitted.seconds(steps).sum() == pytest.approx(steps["seconds"].sum(), rel=0.02)
 
 
 def few_long(factor: float) -> pd.DataFrame:
@@ -180,8 +177,7 @@ def test_the_largest_steps_bend_the_profile_however_few_they_are() -> None:
     """All of them were taken for outliers, and the last piece of the profile then rose by nothing."""
     steps = few_long(1.8)
     fitted, slow = fit.fit_records(steps, SETTINGS, "here", "t", "x", 16), steps[-12:]
-    predicted = [CostModel(fitted).step(*batch) for batch in slow[list(STEP_COLUMNS)[3:8]].to_numpy().tolist()]
-    assert np.median(predicted / slow["seconds"]) == pytest.approx(1.0, abs=0.1)
+    assert np.median(CostModel(fitted).seconds(slow) / slow["seconds"]) == pytest.approx(1.0, abs=0.1)
     largest = fitted.pieces[-1]
     assert (largest.steps, largest.dropped) == (12, 0)
     assert largest.held_out is not None

@@ -177,7 +177,7 @@ def test_the_command_speaks_json_or_not_at_all(
     told = capsys.readouterr().out.splitlines()
     assert len(told) == lines
     assert all(set(json.loads(line)["held_out"]) == {"a100-2024-mistral-7b", "a100-2024-yi-34b-tp2"} for line in told)
-    assert load_calibration("a100-2024-mistral-7b", tmp_path) == load_calibration("a100-2024-mistral-7b")
+    assert load_calibration(str(tmp_path / "a100-2024-mistral-7b.yaml")) == load_calibration("a100-2024-mistral-7b")
 
 
 def test_yi_goes_through_its_steps_and_not_through_the_outlier() -> None:
