@@ -32,7 +32,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert stages["engine"]["load_s"] > 0
     assert 0.5 < stages["engine"]["switched_ms"]["64"] / stages["fresh"]["fresh_ms"]["64"] < 2
     assert 0 < next(iter(stages["calibrate"]["calibrations"].values()))["held_out"] < 1
-    assert len(stages["validate"]["targets"]) == 4
+    assert {"P50 TTFT", "P99 TBT"} <= {each["target"].split(":")[0] for each in stages["validate"]["targets"]}
     assert found["verdict"].startswith("every stage ran; cpu loads in ")
     with zipfile.ZipFile(folder.with_suffix(".zip")) as archive:
         names = archive.namelist()
