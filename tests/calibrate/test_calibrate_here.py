@@ -277,3 +277,19 @@ def test_where_each_chunk_size_has_its_engine_the_largest_is_calibrated() -> Non
     assert (settings.max_budget, settings.max_model_len, decoding) == (2048, 8192, 8192)
     budgets = {phase.budget for phase in calibrate_here.calibration_phases(settings, decoding, 17095, 16)}
     assert budgets >= {512, 1024, 2048}
+
+
+@pytest.mark.parametrize(
+    ("testbed", "model", "like", "blocks"),
+    [("a100", "yi-34b", "a100-2024-yi-34b-tp2", 17095), ("gpu-24g", "mistral-7b", "a100-mistral-7b", 2600)],
+)
+def test_a_testbed_declares_the_preemptions_that_simulation_shows(testbed: str, model: str, like: str, blocks: int) -> None:
+    """Undeclared they are a broken gate, after hours on GPUs."""
+    bed = load_testbed(testbed)
+    sessions = [session for session in expand(load_figure("fig9b"), bed, 1, {model: 1.8}) if session.model == model]
+    session = max(sessions, key=lambda session: session.engine.max_budget)
+    trial = max(session.trials, key=lambda trial: trial.points[0].qps)  # type: ignore[union-attr]
+    phases, _ = phases_of(session, trial, synthetic_trace())
+    record = SimulatedEngine(session.engine, load_calibration(like), session.seed, blocks).run(phases, 1e9)
+    assert record.steps["preempted"].sum() > 0
+    assert bed.may_preempt
