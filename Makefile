@@ -254,6 +254,7 @@ $(TABLES)/tables.stamp: docker/tables.lock
 tables: $(TABLES)/tables.stamp ## the calibrations of the paper's scale anew, from kernel tables and published steps; needs make trace
 	@$(TABLES)/bin/python -m experiments.calibrate.published $(if $(SAY),--quiet)
 	@$(TABLES)/bin/python -m experiments.calibrate.tables $(if $(SAY),--quiet)
+	@$(TABLES)/bin/python -m experiments.calibrate.public $(if $(SAY),--quiet)
 	@$(TABLES)/bin/python -m experiments.calibrate.end_to_end $(WITH_TRACE) $(SAY)
 
 .PHONY: validate

@@ -11,7 +11,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,32 @@ ROWS = Path("published") / "a100-sxm.yaml"
 FITTED = {"yi-34b": (2, ("yi-34b", "yi-34b-200k"), "Yi-34B"), "mistral-7b": (1, ("mistral-7b",), "Mistral-7B")}
 MOST_DECODES, MOST_CONTEXT = 128, 4096  # as the published calibrations
 
+
+@dataclass(frozen=True)
+class Grid:
+    """Steps that are asked for: tokens of steps; (tokens, tokens before them) of a prompt; (requests, context of each) that
+    decode; and, held out, (tokens of a prompt, requests that decode at that context)."""
+
+    operators: Sequence[int]
+    prefill: Sequence[tuple[int, int]]
+    decode: Sequence[tuple[int, int]]
+    held_out: Sequence[tuple[int, int]]
+
+
 # Where the operators were measured; 16,384 is the package's extrapolation.
-OPERATORS = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, LONGEST_PROFILE)
-PREFILL = [(n, 0) for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)]  # tokens of a piece, tokens before it
-PREFILL += [(n, total - n) for n in (512, 1024, 2048) for total in (4096, 8192, 16384)]
-DECODE = [(n, context) for n in (1, 2, 4, 8, 16, 32, 64, 128) for context in (256, 1024, MOST_CONTEXT)]
-# A prompt, and requests that decode at its length; prompts of sizes between the knots.
-HELD_OUT = [(n, decodes) for n in (256, 512, 1024, 2048) for decodes in (4, 16, 32, 64, 128)]
-HELD_OUT += [(n, 0) for n in (640, 1536, 3072, 6144, 12288)]
+MEASURED = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+PAPER = Grid(
+    operators=(*MEASURED, LONGEST_PROFILE),
+    prefill=[
+        *((n, 0) for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)),
+        *((n, total - n) for n in (512, 1024, 2048) for total in (4096, 8192, 16384)),
+    ],
+    decode=[(n, context) for n in (1, 2, 4, 8, 16, 32, 64, 128) for context in (256, 1024, MOST_CONTEXT)],
+    held_out=[
+        *((n, decodes) for n in (256, 512, 1024, 2048) for decodes in (4, 16, 32, 64, 128)),
+        *((n, 0) for n in (640, 1536, 3072, 6144, 12288)),  # sizes between the knots
+    ],
+)
 
 FIXED_BY = {
     "overhead_s": "least squares on the tables' prefill and decode steps: what attention kernels cost beside their work",
@@ -71,11 +89,8 @@ NOTICE = f"""# Written by experiments/calibrate/tables.py: milliseconds of singl
 """
 
 
-def read_tables(model: str, tensor_parallel: int) -> dict[str, Any]:
-    """What the package says of the steps above, milliseconds: rows of (what the step holds ..., ms).
-
-    Raises SpecError without the package, or with another version of it.
-    """
+def engine_handle() -> Any:
+    """The package's class for a model on a GPU. Raises SpecError without the package, or with another version of it."""
     try:
         came = version(PACKAGE)
         from aiconfigurator_core.sdk.engine import EngineHandle
@@ -83,15 +98,23 @@ def read_tables(model: str, tensor_parallel: int) -> dict[str, Any]:
         came = "none"
     if came != VERSION:
         raise SpecError(f"package {PACKAGE}: got {came}; allowed: {VERSION}, in an environment that make tables sets up")
-    logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)  # of attention back ends that A100s have no choice of
-    shape = load_model(model) | {"architectures": ["LlamaForCausalLM"]}  # Mistral's layers are Llama's, but not known by name
+    logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)  # of attention back ends that GPUs have no choice of
+    return EngineHandle
+
+
+def read_tables(shape: Mapping[str, Any], system: str, engine_version: str, grid: Grid, **how: Any) -> dict[str, Any]:
+    """What the package says of the grid's steps of a model on a GPU, milliseconds: rows of (what the step holds ..., ms).
+
+    `how`: tensor parallel sizes and quantization, as the package names them. Raises SpecError as above.
+    """
+    handle = engine_handle()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
-        engine = EngineHandle.compile(folder, SYSTEM, ENGINE, backend_version=ENGINE_VERSION, tp_size=tensor_parallel)
-        prefill = [[n, before, engine.predict_prefill_latency(1, n + before, before)] for n, before in PREFILL]
-        decode = [[n, at, engine.mixed_step_breakdown(0, n, at, 2)[0]] for n, at in DECODE]
-        mixed = [[n, decodes, engine.mixed_step_breakdown(n, decodes, n, 2)[0]] for n, decodes in HELD_OUT]
-        operators = [[n, engine.mixed_step_breakdown(n, 0, n, 2)[1]] for n in OPERATORS]
+        engine = handle.compile(folder, system, ENGINE, backend_version=engine_version, **how)
+        prefill = [[n, before, engine.predict_prefill_latency(1, n + before, before)] for n, before in grid.prefill]
+        decode = [[n, at, engine.mixed_step_breakdown(0, n, at, 2)[0]] for n, at in grid.decode]
+        mixed = [[n, decodes, engine.mixed_step_breakdown(n, decodes, n, 2)[0]] for n, decodes in grid.held_out]
+        operators = [[n, engine.mixed_step_breakdown(n, 0, n, 2)[1]] for n in grid.operators]
     rows = {"operators": operators, "prefill": prefill, "decode": decode, "held_out": mixed}
     return {name: [[*row[:-1], round(row[-1], 4)] for row in table] for name, table in rows.items()}
 
@@ -113,20 +136,38 @@ def steps_of(rows: Mapping[str, Any], name: str) -> tuple[list[tuple[int, int, i
     return steps, np.array([row[-1] for row in table]) / 1e3
 
 
-def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) -> Calibration:
-    """Fit the cost model to the rows of a model: the operators as they are; a fixed time, a query-key pair of prefill and a
-    token of decode context by least squares on relative errors. Steps that mix, and sizes between the knots, are held out."""
-    tensor_parallel, models, name = FITTED[model]
+def linear_of(rows: Mapping[str, Any]) -> Profile:
+    """The operators as they are."""
     tokens, seconds = np.array(rows["operators"]).T
-    linear = rounded_profile(tokens.astype(np.int64), seconds / 1e3)
-    fitted = [steps_of(rows, name) for name in ("prefill", "decode")]
-    steps, total = np.array([step for part, _ in fitted for step in part]), np.concatenate([part for _, part in fitted])
+    return rounded_profile(tokens.astype(np.int64), seconds / 1e3)
+
+
+def fitted(rows: Mapping[str, Any], draft: Calibration) -> Calibration:
+    """The draft, whose operators are the rows' and whose attention has rates of 1, with the cost model fitted to the rows: a
+    fixed time, a query-key pair of prefill and a token of decode context by least squares on relative errors. Steps that mix,
+    and sizes between the knots, are held out."""
+    parts, unit = [steps_of(rows, name) for name in ("prefill", "decode")], draft.attention
+    steps, total = np.array([step for part, _ in parts for step in part]), np.concatenate([part for _, part in parts])
     work = np.stack([np.ones(len(total)), steps[:, 3], steps[:, 4]], axis=1)
     scale = work.max(axis=0)
-    rest = total - linear.table()[steps[:, 0] + steps[:, 1]]
+    rest = total - draft.linear.table()[steps[:, 0] + steps[:, 1]]
     fixed, pair_s, context_s = (nnls(work / scale / total[:, None], rest / total)[0] / scale).tolist()
-    unit = attention_of(model, tensor_parallel, "float16", 1.0, 0.0, 1.0)
     rates = {"flop_per_s": unit.flop_per_pair / pair_s, "kv_bytes_per_s": unit.kv_bytes_per_token / context_s}
+    attention = replace(unit, **{key: float(f"{rate:.4g}") for key, rate in rates.items()})
+    draft = replace(draft, overhead_s=round(fixed, 8), attention=attention)
+    cost = CostModel(draft)
+
+    def errors(name: str) -> list[float]:
+        return [cost.step(*step) / measured - 1 for step, measured in zip(*steps_of(rows, name), strict=True)]
+
+    held_out = f"{len(rows['held_out'])} steps of the tables that mix, or lie between the knots"
+    return replace(draft, error=fit_error(errors("prefill") + errors("decode"), errors("held_out"), held_out))
+
+
+def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) -> Calibration:
+    """The calibration of one of the paper's models from its rows."""
+    tensor_parallel, models, name = FITTED[model]
+    unit = attention_of(model, tensor_parallel, "float16", 1.0, 0.0, 1.0)
     gpus = f"{tensor_parallel} A100 80 GB SXM"
     draft = Calibration(
         calibration=f"a100-{model}" + (f"-tp{tensor_parallel}" if tensor_parallel > 1 else ""),
@@ -134,10 +175,10 @@ def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) 
         models=models,
         tensor_parallel=tensor_parallel,
         sources=(source,),
-        overhead_s=round(fixed, 8),
-        linear=linear,
+        overhead_s=0.0,
+        linear=linear_of(rows),
         decode=Profile((0, MOST_DECODES), (0.0, 0.0)),
-        attention=replace(unit, **{key: float(f"{rate:.4g}") for key, rate in rates.items()}),
+        attention=unit,
         jitter=jitter,
         valid=ValidRange(
             LONGEST_PROFILE, MOST_DECODES, LONGEST_PROFILE * (LONGEST_PROFILE + 1) // 2, MOST_DECODES * MOST_CONTEXT
@@ -147,13 +188,13 @@ def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) 
         fixed_by=FIXED_BY,
         device_memory_bytes=80e9,
     )
-    cost = CostModel(draft)
+    return fitted(rows, draft)
 
-    def errors(name: str) -> list[float]:
-        return [cost.step(*step) / measured - 1 for step, measured in zip(*steps_of(rows, name), strict=True)]
 
-    held_out = f"{len(rows['held_out'])} steps of the tables that mix, or lie between the knots"
-    return replace(draft, error=fit_error(errors("prefill") + errors("decode"), errors("held_out"), held_out))
+def read_paper(model: str) -> dict[str, Any]:
+    """The rows of one of the paper's models."""
+    shape = load_model(model) | {"architectures": ["LlamaForCausalLM"]}  # Mistral's layers are Llama's, but not known by name
+    return read_tables(shape, SYSTEM, ENGINE_VERSION, PAPER, tp_size=FITTED[model][0])
 
 
 def calibrations(published: Mapping[str, Any], jitter: Jitter) -> list[Calibration]:
@@ -167,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse(arguments("experiments.calibrate.tables", main.__doc__), argv)
     folder = CALIBRATIONS
     source = f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{SYSTEM}: {ENGINE} {ENGINE_VERSION}"
-    published = {"source": source, "models": {model: read_tables(model, tp) for model, (tp, *_) in FITTED.items()}}
+    published = {"source": source, "models": {model: read_paper(model) for model in FITTED}}
     write_whole(folder / ROWS, NOTICE + yaml.safe_dump(published, sort_keys=False, width=124, default_flow_style=None))
     published = read_yaml(folder / ROWS)
     result(held_out=store(*calibrations(published, published_jitter(read_yaml(folder / "published" / "a100-2024.yaml")))))

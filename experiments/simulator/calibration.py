@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from experiments.records.provenance import PACKAGE
 from experiments.spec.spec import STRICT, Count, EngineSettings, Name, load_model, path_of, read_spec
 
 CALIBRATIONS = PACKAGE.parent / "artifacts" / "calibration"
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 2}  # of a number; weights of layers take 1 in fp8
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -116,6 +116,8 @@ class FitError:
     prefill: NotNegative | None = None
     ttft_p50: NotNegative | None = None
     tbt_p99: NotNegative | None = None
+    end_to_end: NotNegative | None = None  # the worst known of whole requests, where the machine itself was not measured
+    small_steps: NotNegative | None = None  # of steps below 512 tokens, where these are known to be off by more
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,6 +163,7 @@ class Calibration:
     device_memory_bytes: Positive | None = None  # of a card; None: the testbed or `kv_blocks` says how large the KV cache is
     kv_blocks: Count | None = None  # of the engine of the machine at hand
     host: Profile | None = None  # seconds that a step takes at least, by requests that decode; None: the host hides nothing
+    gpu: str = ""  # of which kernel tables speak, by their name for it; empty: another machine
 
 
 def load_calibration(name: str) -> Calibration:
@@ -186,10 +189,10 @@ def at_speed(calibration: Calibration, speed: float) -> Calibration:
     )
 
 
-def kv_bytes_per_token(shape: Mapping[str, int], tensor_parallel: int, dtype: str) -> float:
+def kv_bytes_per_token(shape: Mapping[str, Any], tensor_parallel: int, dtype: str) -> float:
     """Bytes of keys and values per token and GPU: 2 x head dimension x KV heads x layers x bytes per number."""
-    heads = shape["num_key_value_heads"] / tensor_parallel
-    return 2.0 * shape["head_dim"] * heads * shape["num_hidden_layers"] * DTYPE_BYTES[dtype]
+    heads = max(1.0, shape["num_key_value_heads"] / tensor_parallel)  # with more GPUs than heads each holds one
+    return float(2 * shape["head_dim"] * heads * shape["num_hidden_layers"] * DTYPE_BYTES[dtype])
 
 
 def attention_of(
@@ -202,17 +205,30 @@ def attention_of(
     return Attention(flop, flop_per_s, masked_share, kv_bytes_per_token(shape, tensor_parallel, dtype), kv_bytes_per_s)
 
 
-def linear_flop_per_token(shape: Mapping[str, int]) -> float:
-    """FLOPs of all layers' matrix products per token, 2 per weight: projections of queries, keys, values, output, and MLP."""
+def mlp_of(shape: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Experts of a layer, how many of them a token goes through, and their width; a dense layer is a single one."""
+    if (experts := shape.get("num_local_experts") or shape.get("num_experts") or 1) == 1:
+        return 1, 1, shape["intermediate_size"]
+    return experts, shape["num_experts_per_tok"], shape.get("moe_intermediate_size", shape["intermediate_size"])
+
+
+def layer_numbers(shape: Mapping[str, Any], experts: int) -> float:
+    """Weights of all layers with so many of their experts: projections of queries, keys, values, output, and MLP."""
     hidden, head = shape["hidden_size"], shape["head_dim"]
     attention = hidden * head * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
-    return 2.0 * shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
+    return float(shape["num_hidden_layers"] * (attention + experts * 3 * hidden * mlp_of(shape)[2]))
 
 
-def weight_bytes(shape: Mapping[str, int], tensor_parallel: int, dtype: str) -> float:
-    """Bytes of weights per GPU: the layers' matrices, input embedding and output head (untied in all our models)."""
-    numbers = linear_flop_per_token(shape) / 2 + 2 * shape["vocab_size"] * shape["hidden_size"]
-    return numbers * DTYPE_BYTES[dtype] / tensor_parallel
+def linear_flop_per_token(shape: Mapping[str, Any]) -> float:
+    """FLOPs of all layers' matrix products per token, 2 per weight."""
+    return 2.0 * layer_numbers(shape, mlp_of(shape)[1])
+
+
+def weight_bytes(shape: Mapping[str, Any], tensor_parallel: int, dtype: str) -> float:
+    """Bytes of weights per GPU: the layers' matrices, all experts; input embedding and output head, one if they are tied."""
+    layers, tables = layer_numbers(shape, mlp_of(shape)[0]), 1 if shape.get("tie_word_embeddings") else 2
+    ends, size = tables * shape["vocab_size"] * shape["hidden_size"], DTYPE_BYTES[dtype]
+    return float(layers * (1 if dtype == "fp8" else size) + ends * size) / tensor_parallel
 
 
 def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:

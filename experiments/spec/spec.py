@@ -263,9 +263,36 @@ def load_testbed(name: str) -> Testbed:
     return read_spec(path, Testbed, read_yaml(path, "TESTBED"))
 
 
+FILLED = ("num_key_value_heads", "head_dim")  # null stands for their default
+NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
 def load_model(name: str) -> dict[str, Any]:
-    """The Hugging Face config of a model shape, without our `_source` note. Raises SpecError for an unknown model."""
-    path = MODELS / f"{name}.json"
+    """The Hugging Face config of a model shape, one of ours by name or the path of a config.json, without our `_source` note.
+
+    What many leave out is filled in as transformers does: heads of keys and values, and their size. Raises SpecError for an
+    unknown model, and for a file that is no such config.
+    """
+    path = Path(name) if name.endswith(".json") else MODELS / f"{name}.json"
     if not path.is_file():
         raise SpecError(f"models: unknown model {name!r}; there are: {_names(MODELS, '*.json')}")
-    return {key: value for key, value in json.loads(path.read_text()).items() if key != "_source"}
+    try:
+        config = json.loads(path.read_text())
+        found = {key: value for key, value in config.items() if key != "_source" and (value is not None or key not in FILLED)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise SpecError(
+            f"{path}: not the config.json of a model: {error}; allowed: a JSON object as Hugging Face has it"
+        ) from None
+    for key in NEEDED:
+        if type(value := found.get(key)) is not int or value < 1:
+            came = "none" if value is None else repr(value)[:60]
+            raise SpecError(f"{path}: {key}: got {came}; allowed: a whole number, as in the config.json of a text model")
+    heads = found["num_attention_heads"]
+    return {"num_key_value_heads": heads, "head_dim": found["hidden_size"] // heads} | found

@@ -65,6 +65,6 @@ def test_another_version_of_the_package_or_none_is_refused(
 
 @pytest.mark.skipif(find_spec("aiconfigurator_core") is None, reason="the package of the kernel tables is not installed")
 def test_the_stored_rows_are_what_the_package_says() -> None:
-    for model, (tensor_parallel, *_) in tables.FITTED.items():
-        for name, rows in tables.read_tables(model, tensor_parallel).items():
+    for model in tables.FITTED:
+        for name, rows in tables.read_paper(model).items():
             assert np.array(rows) == pytest.approx(np.array(ROWS["models"][model][name]))
