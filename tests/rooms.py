@@ -20,10 +20,9 @@ FLOORS = {
     "experiments.calibrate": ["published", "tables", "gpu", "public", "end_to_end", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
     "experiments": ["run"],
-    "analysis.judge": ["known", "trial", "load", "integrity", "archive", "stats", "scope", "gates", "claims", "verify"],
+    "analysis.judge": ["known", "trial", "integrity", "load", "archive", "stats", "scope", "gates", "claims", "verify"],
     "analysis.show": [
-        "published", "summary", "plots", "plots_serving", "plots_schedule", "plots_capacity", "plots_validate", "views",
-        "report", "export"
+        "summary", "plots", "plots_serving", "plots_schedule", "plots_advice", "views", "report", "export"
     ],
     "analysis.advise": ["power", "capacity", "advice", "recommend", "paper_capacity", "validate", "gpu_check"],
 }  # fmt: skip

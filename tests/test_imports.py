@@ -14,7 +14,7 @@ ONLY_IN = {
     "torch": {"experiments.engine.vllm_engine"},
     "ray": {"experiments.cluster.cluster", "experiments.cluster.local_ray"},
     "numba": {"experiments.simulator.compiled"},
-    "matplotlib": {f"analysis.show.plots{part}" for part in ("", "_serving", "_validate", "_capacity", "_schedule")},
+    "matplotlib": {f"analysis.show.plots{part}" for part in ("", "_serving", "_schedule", "_advice")},
 }
 MAY_START_RUNS = {"analysis.advise.recommend", "analysis.advise.validate"}
 STARTS_RUNS = {"experiments.run", *(f"experiments.cluster.{name}" for name in ("cluster", "trials"))}

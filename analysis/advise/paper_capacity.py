@@ -14,7 +14,7 @@ from analysis.advise.capacity import WORDS, Latency, Setting
 from analysis.advise.recommend import case_of, curves, facts, marks, show
 from analysis.judge.load import REFERENCE
 from analysis.show.plots import save
-from analysis.show.plots_capacity import capacity_figure
+from analysis.show.plots_advice import capacity_figure
 from experiments.records.errors import SpecError
 from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written

@@ -18,7 +18,7 @@ import pandas as pd
 from analysis.advise.advice import Advice, Case, advise, advise_rate, describe, evidence
 from analysis.advise.capacity import DELAY_LIMIT_S, WORDS, Latency, Search, Setting, curve, latency
 from analysis.show.plots import save
-from analysis.show.plots_capacity import capacity_figure
+from analysis.show.plots_advice import capacity_figure
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.engine.arguments import command_line, serving_arguments, serving_environment
 from experiments.machine.doctor import choose_testbed, problems

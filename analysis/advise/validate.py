@@ -16,9 +16,9 @@ from typing import Any
 import pandas as pd
 from scipy.stats import gmean
 
-from analysis.judge.load import Run, by_chunk_size, load_run, prefill_times, serving_trials
+from analysis.judge.load import Run, by_chunk_size, load_run, measurements
 from analysis.show.plots import save
-from analysis.show.plots_validate import validation_figure
+from analysis.show.plots_advice import validation_figure
 from experiments.calibrate.here import calibrate, settings_of
 from experiments.machine.doctor import choose_testbed
 from experiments.records import terminal
@@ -76,11 +76,11 @@ def points(run: Run) -> pd.Series:
     """
     metrics: dict[str, Any] = {STEP_TIME: ("seconds", "sum")}
     if run.kind == "prefill":
-        table = by_chunk_size(prefill_times(run), "model", "prompt_length")
+        table = by_chunk_size(measurements(run), "model", "prompt_length")
         table["at"] = [f"{length / 1024:g}k" for length in table["prompt_length"]]
         metrics["prefill"] = "seconds", "median"
     else:
-        table = by_chunk_size(serving_trials(run), "model", "qps")
+        table = by_chunk_size(measurements(run), "model", "qps")
         table["at"] = [f"QPS {qps:g}" for qps in table["qps"]]
         table["seconds"] = table["utilisation"] * table["duration"]  # in steps
         metrics |= {name: (key, gmean) for key, name in NAMES.items()}  # as it is drawn

@@ -12,6 +12,7 @@ import json
 import lzma
 import math
 import re
+import shutil
 import stat
 import sys
 import tarfile
@@ -125,17 +126,13 @@ def unpack(path: Path, folder: Path) -> None:
             if data is None:
                 continue
             seen.add(name)
+            if (total := total + size) > MOST_BYTES:
+                raise SpecError(f"{path.name}: refused: its files are over {MOST_BYTES} bytes together")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            got = 0
             with (folder / name).open("xb") as file:
-                while block := data.read(2**20):
-                    got, total = got + len(block), total + len(block)
-                    if got > size or total > MOST_BYTES:
-                        reason = f"{name!r} holds more than it says, or all files over {MOST_BYTES}"
-                        raise SpecError(f"{path.name}: refused: {reason}")
-                    file.write(block)
-            if got != size:
-                raise SpecError(f"{path.name}: cut short: {name!r} holds {got} of {size} bytes")
+                shutil.copyfileobj(data, file)  # which gives no more than size
+                if file.tell() != size:
+                    raise SpecError(f"{path.name}: cut short: {name!r} holds {file.tell()} of {size} bytes")
     except SpecError:
         raise
     except UNREADABLE as error:

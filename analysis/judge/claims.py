@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from analysis.judge.load import REFERENCE, Run, prefill_replicates, prefill_times, published_prefill, serving_trials
+from analysis.judge.load import REFERENCE, Run, measurements, prefill_replicates, published_prefill
 from analysis.judge.scope import Scope, not_ours, outside
 from analysis.judge.stats import LEVELS, Array, Sample, holm, replicates_needed, sample
 from experiments.spec.spec import STRICT, read_spec
@@ -73,50 +73,37 @@ def load_claims() -> tuple[Claim, ...]:
     return read_spec(REFERENCE / "claims.yaml", _ClaimsFile).claims
 
 
-def _compared(statistic: Statistic, at: Iterable[float], sizes: Sequence[str]) -> list[tuple[float, str, str]]:
-    """Which points the statistic divides by which: (prompt length or QPS, chunk size, against). Empty if one is not there."""
-    settings = [(str(statistic.chunk_size), str(statistic.against))]
+def _ratios(table: pd.DataFrame, statistic: Statistic) -> pd.Series:
+    """table: seed and prompt length or QPS x chunk size -> seconds. The aggregated ratio by seed, NaN where a time is missing;
+    empty if the statistic has no points in the table."""
+    pairs = [(str(statistic.chunk_size), str(statistic.against))]
     if statistic.name == "prefill_monotone":
-        settings = list(pairwise(sorted((size for size in sizes if size != "unchunked"), key=float)))
-    found = []
-    for pair in settings:
-        longest = max((float(size) for size in pair if size != "unchunked"), default=0.0)
-        own = [each for each in at if (each > longest if statistic.qps is None else each == statistic.qps)]
-        if not own or not set(pair) <= set(sizes):
-            return []
-        found += [(each, *pair) for each in own]
-    return found
+        pairs = list(pairwise(sorted(set(table.columns) - {"unchunked"}, key=float)))
+    at, logs = table.index.get_level_values(1), list[pd.Series]()
+    for over, under in pairs if {size for pair in pairs for size in pair} <= set(table.columns) else []:
+        longest = max((float(size) for size in (over, under) if size != "unchunked"), default=0.0)
+        rows = table[at > longest if statistic.qps is None else at == statistic.qps]
+        with np.errstate(all="ignore"):
+            logs.append(pd.Series(np.log(rows[over] / rows[under])))
+    if not logs or any(own.empty for own in logs):
+        return pd.Series(dtype=np.float64)
+    how = "min" if statistic.name == "prefill_monotone" else {"worst": "max", "geomean": "mean"}[statistic.over]
+    of_seed = pd.concat(logs).replace([-np.inf, np.inf], np.nan).groupby(level=0)
+    return pd.Series(np.exp(of_seed.agg(lambda own: getattr(own, how)(skipna=False))))
 
 
-def _ratio(table: pd.DataFrame, statistic: Statistic) -> float | None:
-    """table: prompt length or QPS x chunk size -> seconds, of one replicate. The aggregated ratio; None if the statistic has no
-    points there, NaN if one of them has no time."""
-    if not (points := _compared(statistic, table.index, list(table.columns))):
-        return None
-    over, under = (np.array([table.at[point[0], point[side]] for point in points], dtype=np.float64) for side in (1, 2))
-    with np.errstate(all="ignore"):
-        found = np.log(over / under)
-    if not np.isfinite(found).all():
-        return math.nan
-    if statistic.name == "prefill_monotone":
-        return math.exp(found.min())
-    return math.exp(found.max() if statistic.over == "worst" else found.mean())
-
-
-def ratios(run: Run, claim: Claim) -> dict[int, float]:
-    """seed -> the claim's ratio, one per replicate, NaN where a point is missing; empty if no replicate has its points."""
-    at, value = ("qps", claim.statistic.name) if run.kind == "serving" else ("prompt_length", "seconds")
-    times = serving_trials(run) if run.kind == "serving" else prefill_times(run)
-    if times.empty or (at == "qps") != (claim.statistic.qps is not None):
-        return {}
-    times = times[~times["repeat"]] if at == "qps" else prefill_replicates(times)
+def ratios(run: Run, claim: Claim) -> pd.Series:
+    """The claim's ratio by seed, one per replicate, NaN where a point is missing; empty if no replicate has its points."""
+    serving, times = run.kind == "serving", measurements(run)
+    if times.empty or serving != (claim.statistic.qps is not None):
+        return pd.Series(dtype=np.float64)
+    at, value = ("qps", claim.statistic.name) if serving else ("prompt_length", "seconds")
+    times = times[~times["repeat"]] if serving else prefill_replicates(times)
     times = times[times["model"] == claim.model]
     table = times.groupby(["seed", at, "chunk_size"])[value].median(skipna=False).unstack()
     seeds = sorted({trial.facts["seed"] for trial in run.trials if trial.facts["model"] == claim.model})
-    places = table.index.unique(at)  # a replicate without one of them lacks a point
-    whole = table.reindex(pd.MultiIndex.from_product([seeds, places]))
-    found = {int(seed): _ratio(whole.loc[seed], claim.statistic) for seed in seeds}
-    return {seed: ratio for seed, ratio in found.items() if ratio is not None}
+    places = pd.MultiIndex.from_product([seeds, table.index.unique(at)])  # a replicate without one of them lacks a point
+    return _ratios(table.reindex(places), claim.statistic)
 
 
 def observe(run: Run, claim: Claim, broken: str = "") -> Sample | tuple[str, str]:
@@ -129,18 +116,16 @@ def observe(run: Run, claim: Claim, broken: str = "") -> Sample | tuple[str, str
         return "INCONCLUSIVE", reason
     quantity = "prefill" if claim.statistic.qps is None else claim.statistic.name
     if (error := run.model_error(claim.model, quantity)) is None:
-        return (
-            "INCONCLUSIVE",
-            f"{claim.model} was simulated with a calibration that is none of this artifact's, of unknown error",
-        )
+        unknown = "a calibration that is none of this artifact's, of unknown error"
+        return "INCONCLUSIVE", f"{claim.model} was simulated with {unknown}"
     found, points = ratios(run, claim), claim.statistic.words()
-    if not found:
+    if found.empty:
         return "NOT-RUN", f"{run.figure} as it was run has no {points}"
-    if missing := [str(seed) for seed, ratio in found.items() if math.isnan(ratio)]:
+    if missing := [str(seed) for seed in found.index[found.isna()]]:
         return "INCONCLUSIVE", f"seeds without a time for some of {points}: {', '.join(missing)}"
     if claim.rule == "equivalence" and published_ratio(claim) is None:
         return "INCONCLUSIVE", f"nothing is published of {points} for {claim.model}"
-    return sample([found[seed] for seed in sorted(found)], error)
+    return sample(found.tolist(), error)
 
 
 @cache
@@ -148,43 +133,48 @@ def published_ratio(claim: Claim) -> float | None:
     """The claim's ratio in the published data; None where nothing is published."""
     if claim.figure != "fig9a" or claim.model != "yi-34b-200k":
         return None
-    table = published_prefill().pivot_table(index="prompt_length", columns="chunk_size", values="prefill_ms")
-    return _ratio(table, claim.statistic)
+    table = published_prefill().assign(seed=0).pivot(index=["seed", "prompt_length"], columns="chunk_size", values="prefill_ms")
+    found = _ratios(table, claim.statistic)
+    return None if found.empty else float(found.iloc[0])
+
+
+def limits(claim: Claim) -> tuple[float, float]:
+    """The ratios between which the claim holds. Raises ValueError for an equivalence without published data."""
+    if claim.rule == "ordering":
+        return 1.0, math.inf
+    if claim.rule == "bound":
+        return 0.0, claim.bound
+    if (center := published_ratio(claim)) is None:
+        raise ValueError(f"{claim.id}: equivalence needs published data")
+    return center / (1 + claim.margin), center * (1 + claim.margin)
+
+
+def claimed(claim: Claim) -> str:
+    """What the claim says of its ratio."""
+    if claim.rule == "equivalence":
+        return f"published {published_ratio(claim):.3f}, margin {claim.margin:.0%}"
+    return "claimed above 1" if claim.rule == "ordering" else f"claimed at most {claim.bound:g}"
 
 
 def published_verdict(claim: Claim) -> dict[str, Any]:
     """The published run put through the claim: one run without variance, so 'agrees' or 'contradicts', never PASS."""
-    ratio = published_ratio(claim)
-    if ratio is None:
+    if (ratio := published_ratio(claim)) is None:
         return {"verdict": "not published", "value": None, "detail": "no data published"}
-    if claim.rule == "equivalence":
-        return {"verdict": "agrees", "value": ratio, "detail": f"{ratio:.3f} is the reference itself"}
-    wanted, holds = ("above 1", ratio > 1) if claim.rule == "ordering" else (f"at most {claim.bound:g}", ratio <= claim.bound)
-    return {"verdict": "agrees" if holds else "contradicts", "value": ratio, "detail": f"{ratio:.3f}; claimed {wanted}"}
+    low, high = limits(claim)
+    verdict = "agrees" if low < ratio <= high else "contradicts"
+    said = f"{ratio:.3f} is the reference itself" if claim.rule == "equivalence" else f"{ratio:.3f}; {claimed(claim)}"
+    return {"verdict": verdict, "value": ratio, "detail": said}
 
 
 def p_values(claim: Claim, seen: Sample) -> tuple[Array, Array]:
     """One-sided p values of (the claim holds, the claim fails).
 
-    Equivalence: two one-sided tests, both must succeed; failing is either of two tests, so its smaller p value is doubled.
+    To hold, the ratio is above one limit and below the other: of an equivalence two one-sided tests. To fail it is outside
+    either; of an equivalence these are two tests, so the smaller p value is doubled.
     """
-    if claim.rule != "equivalence":
-        (bound,) = _bounds(claim)
-        above, below = seen.p_above(bound), seen.p_below(bound)
-        return (above, below) if claim.rule == "ordering" else (below, above)
-    low, high = _bounds(claim)
-    outside = np.minimum(1.0, 2 * np.minimum(seen.p_below(low), seen.p_above(high)))
-    return np.maximum(seen.p_above(low), seen.p_below(high)), outside
-
-
-def _bounds(claim: Claim) -> tuple[float, ...]:
-    """The ratios at which a claim turns from true to false. Raises ValueError for an equivalence without published data."""
-    if claim.rule != "equivalence":
-        return (claim.bound if claim.rule == "bound" else 1.0,)
-    center = published_ratio(claim)
-    if center is None:
-        raise ValueError(f"{claim.id}: equivalence needs published data")
-    return center / (1 + claim.margin), center * (1 + claim.margin)
+    (low, high), tests = limits(claim), 2 if claim.rule == "equivalence" else 1
+    fails = np.minimum(1.0, tests * np.minimum(seen.p_below(low), seen.p_above(high)))
+    return np.maximum(seen.p_above(low), seen.p_below(high)), fails
 
 
 class Decision(NamedTuple):
@@ -219,7 +209,7 @@ def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.N
     left = unsettled.sum(axis=-1)
     needed = np.zeros(unsettled.shape, dtype=np.int64)
     for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
-        distance = np.min([np.abs(seen.mean - math.log(bound)) for bound in _bounds(claim)], axis=0)
+        distance = np.min([np.abs(seen.mean - math.log(limit)) for limit in limits(claim) if limit], axis=0)
         for count in range(1, len(claims) + 1):
             here = unsettled[..., number] & (left == count)
             if here.any():
@@ -235,7 +225,7 @@ def judge(claims: Sequence[Claim], samples: Sequence[Sample], first: Sequence[st
     for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
         low, high = map(float, seen.interval())
         numbers = {
-            **{name: float(getattr(found, name)[number]) for name in Decision._fields if name.startswith("p_")},
+            **{name: float(values[number]) for name, values in found._asdict().items() if name.startswith("p_")},
             "ratio": float(seen.ratio),
             "low": low,
             "high": None if math.isinf(high) else high,
@@ -256,12 +246,8 @@ def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
     name = f"ratio {sizes}{against}" if sizes else "the smallest ratio of neighbouring chunk sizes"
     high = "unknown" if numbers["high"] is None else f"{numbers['high']:.3f}"
     what = f"{name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
-    if claim.rule == "equivalence":
-        rule = f"published {published_ratio(claim):.3f}, margin {claim.margin:.0%}"
-    else:
-        rule = "claimed above 1" if claim.rule == "ordering" else f"claimed at most {claim.bound:g}"
     if needed := numbers["replicates_needed"]:
         advice = f"about {needed} replicates in all would settle it"
     else:
         advice = "repetition alone will hardly settle it" if numbers["looks"] == 1 else "this was the last look"
-    return f"{what}; {rule}" + (f"; {advice}" if verdict == "INCONCLUSIVE" else "")
+    return f"{what}; {claimed(claim)}" + (f"; {advice}" if verdict == "INCONCLUSIVE" else "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.judge.load import Run, differing, probe_steps, repeat_ratios, serving_trials
+import pandas as pd
+
+from analysis.judge.load import Run, differing, measurements, repeat_ratios
 from analysis.judge.scope import place_of
 from analysis.judge.stats import LEVELS
 from experiments.spec.expand import SATURATION
@@ -29,9 +32,10 @@ def noise(run: Run) -> float:
 
     NaN if a session has no probe.
     """
-    seconds = probe_steps(run).groupby("session")["seconds"]
+    rows = [(trial.facts["session"], each) for trial in run.trials for each in trial.seen.probes or [math.nan]]
+    seconds = pd.DataFrame(rows, columns=["session", "seconds"]).groupby("session")["seconds"]
     spreads = (seconds.quantile(0.75) - seconds.quantile(0.25)) / seconds.median()
-    return float(spreads.reindex(list({trial.facts["session"] for trial in run.trials})).median(skipna=False))
+    return float(spreads.median(skipna=False))
 
 
 def _repeated(run: Run) -> Gate:
@@ -74,13 +78,13 @@ def _points(run: Run) -> Gate:
             if not right:
                 wrong.add(f"{facts['session']}/{facts['trial']}")
     said = f"{len(wrong)} trials ran other chunk sizes, lengths or rates than they name"
-    return Gate("points as named", not wrong, ": ".join([said, ", ".join(sorted(wrong)[:3])] if wrong else [said]))
+    return Gate("points as named", not wrong, f"{said}: {', '.join(sorted(wrong)[:3])}" if wrong else said)
 
 
 def _arrivals(run: Run, late: int) -> Gate:
     if run.kind != "serving":
         return Gate("arrivals kept", True, "one request at a time, no arrivals to keep")
-    p99 = serving_trials(run)["lateness_p99"].max()
+    p99 = measurements(run)["lateness_p99"].max()
     return Gate("arrivals kept", not late, f"{late} trials inject later than their longest step; worst P99 {p99:.3f} s")
 
 
@@ -103,10 +107,9 @@ def check(run: Run) -> list[Gate]:
     asked, got, cut = (counts[name] for name in ("output_tokens", "generated_tokens", "truncated"))
     hits, preempted, wrong = counts["cached_tokens"], counts["preempted"], counts["disordered"]
     declared = ", declared" if run.plan.get("may_preempt") else ""
-    spread = noise(run)
+    spread, unlike = noise(run), differing(run)
     served = {(t.facts["process"], t.facts["model"], t.facts["seed"]) for t in run.trials}
     shared = sum(count > 1 for count in Counter(process for process, *_ in served).values())
-    unlike = differing(run)
     return [
         _planned(run),
         Gate("requests finished", asked == got and not cut, f"{got} of {asked} tokens received, {cut} trials truncated"),

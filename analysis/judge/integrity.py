@@ -18,12 +18,6 @@ MOST_MANIFEST = 2**24  # bytes; one of 50,000 files takes half of it
 TAG_FILES = ("bag-info.txt", "bagit.txt", MANIFEST)
 
 
-def _walk_order(name: str) -> list[tuple[bool, str]]:
-    """bagit lists the files of a folder before its subfolders, both by name."""
-    *folders, file = name.split("/")
-    return [(True, folder) for folder in folders] + [(False, file)]
-
-
 def listed(path: Path) -> dict[str, str]:
     """name -> digest as a manifest lists them; lines that are no such pair are left to the comparison by bytes. Nothing of one
     that is longer than MOST_MANIFEST."""
@@ -99,15 +93,14 @@ def compare(payload: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
 
 
 def _tag_files_not_as_written(bag: Path, payload: Mapping[str, str], actual: Mapping[str, str]) -> list[str]:
-    manifest = "".join(f"{payload[name]}  {name}\n" for name in sorted(payload, key=_walk_order))
-    tags = sorted(f"{digest} {name}" for name, digest in actual.items())
     as_written = {
-        "bagit.txt": (bag / "bagit.txt").read_bytes() == BAGIT_TXT,
-        MANIFEST: (bag / MANIFEST).read_bytes() == manifest.encode(),
-        # bagit lists the tag files in the order in which the file system has them
-        TAGS: sorted((bag / TAGS).read_bytes().splitlines(keepends=True)) == [f"{line}\n".encode() for line in tags],
+        "bagit.txt": BAGIT_TXT.splitlines(keepends=True),
+        MANIFEST: [f"{digest}  {name}\n".encode() for name, digest in payload.items()],
+        TAGS: [f"{digest} {name}\n".encode() for name, digest in actual.items()],
     }
-    return [f"changed: {name}" for name, whole in as_written.items() if not whole]
+    there = {name: (bag / name).read_bytes().splitlines(keepends=True) for name in as_written}
+    # The order of the lines says nothing: bagit writes that in which the file system lists the files.
+    return [f"changed: {name}" for name, lines in as_written.items() if sorted(there[name]) != sorted(lines)]
 
 
 def _bagit_problems(bag: Path) -> list[str]:
@@ -126,18 +119,16 @@ def outdated(judged: Mapping[str, Any], bags: Sequence[Path]) -> str | None:
     name, then = judged["name"], {bag["name"]: bag.get("tagmanifest_sha256") for bag in judged.get("bags", [])}
     if not bags:
         return f"{name}: judged, but its bags are gone"
-    now = {bag.name: sha256(bag / TAGS) if (bag / TAGS).is_file() else None for bag in bags}
+    now = {bag.name: tagmanifest_digest(bag) for bag in bags}
     if gone := sorted(then.keys() - now.keys()):
         return f"{name}: {gone[0]} was judged and is gone"
-    broken = bool(judged.get("integrity"))
-    unlike = [
-        bag for bag, digest in now.items() if bag not in then or (then[bag] != digest and not (broken and then[bag] is None))
-    ]
-    if unlike:
-        return f"{name}: {unlike[0]} is not what was judged"
+    broken = bool(judged.get("integrity"))  # then no digest is known of the bag
+    for bag, digest in now.items():
+        if bag not in then or (then[bag] != digest and not (broken and then[bag] is None)):
+            return f"{name}: {bag} is not what was judged"
     return f"{name}: its bags are whole again" if broken and not any(map(problems, bags)) else None
 
 
-def tagmanifest_digest(bag: Path) -> str:
-    """SHA-256 of the tag manifest: this one number fixes every byte of the bag."""
-    return sha256(bag / TAGS)
+def tagmanifest_digest(bag: Path) -> str | None:
+    """SHA-256 of the tag manifest: this one number fixes every byte of the bag. None if it is not there."""
+    return sha256(bag / TAGS) if (bag / TAGS).is_file() else None

@@ -9,101 +9,55 @@ import hashlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.calibration import CALIBRATIONS
-from experiments.spec.spec import FIGURES, STRICT, TESTBEDS, Count, Name, read_spec
+from experiments.spec.spec import FIGURES, TESTBEDS, read_yaml
 
 KNOWN = ROOT / "artifacts" / "reference" / "known.yaml"
 FOLDERS = {"figures": FIGURES, "testbeds": TESTBEDS, "calibrations": CALIBRATIONS}
+KEPT = {"figures": ("figure",), "testbeds": ("testbed", "platform", "scale"), "calibrations": ("calibration", "title")}
 OURS = re.compile(r"(?:experiments/(?:spec/)?(figures|testbeds)|artifacts/(calibration))/[^/]+\.yaml")  # past places, too
 HEAD = """\
 # The files of this artifact, past and present, by their sha256: a verdict takes from here what a bag may only say of itself.
 # python -m analysis.judge.known renews it. error: relative; step: of step times, held out; prefill, ttft_p50, tbt_p99: of these
 # where that is known, else they are taken to be off as the steps are.
 """
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Error = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True, config=STRICT)
-class KnownFigure:
-    """A figure of ours."""
-
-    figure: Name
-
-
-@dataclass(frozen=True, config=STRICT)
-class KnownTestbed:
-    """A testbed of ours and what its name stands for."""
-
-    testbed: Name
-    platform: str
-    scale: Count
-
-
-@dataclass(frozen=True, config=STRICT)
-class KnownError:
-    """Relative errors of what a calibration predicts."""
-
-    step: Error
-    prefill: Error | None = None
-    ttft_p50: Error | None = None
-    tbt_p99: Error | None = None
-
-    def of(self, quantity: str) -> float:
-        """Of prefill, ttft_p50 or tbt_p99; of a step where it is not known of them."""
-        found: float | None = getattr(self, quantity)
-        return self.step if found is None else found
-
-
-@dataclass(frozen=True, config=STRICT)
-class KnownCalibration:
-    """A calibration of ours: what it simulates, and how wrong that is."""
-
-    calibration: Name
-    title: str
-    error: KnownError
-
-
-@dataclass(frozen=True, config=STRICT)
-class Known:
-    """Everything of ours; sha256 of the file -> what it is."""
-
-    figures: dict[Digest, KnownFigure]
-    testbeds: dict[Digest, KnownTestbed]
-    calibrations: dict[Digest, KnownCalibration]
+Known = dict[str, dict[str, dict[str, Any]]]  # figures, testbeds or calibrations -> sha256 of a file -> what it is
 
 
 @cache
 def load_known() -> Known:
     """artifacts/reference/known.yaml. Raises SpecError."""
-    return read_spec(KNOWN, Known)
+    return read_yaml(KNOWN)
 
 
-def calibration_of(engine: Mapping[str, Any], identity: Mapping[str, Any]) -> KnownCalibration | None:
+def calibration_of(engine: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The calibration that a simulated engine names (its facts), by the hash in the run's identity; None if it is not ours."""
     name = str(engine.get("calibration"))
-    found = load_known().calibrations.get(str(identity.get(name)))
-    return found if found and found.calibration == name else None
+    found = load_known()["calibrations"].get(str(identity.get(name)))
+    return found if found and found["calibration"] == name else None
+
+
+def error_of(calibration: Mapping[str, Any], quantity: str) -> float:
+    """Relative error of prefill, ttft_p50 or tbt_p99 as a calibration of ours predicts it; of a step where it is not known."""
+    return float(calibration["error"].get(quantity, calibration["error"]["step"]))
 
 
 def _entry(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {key: data[key] for key in KEPT[kind]}
     if kind == "calibrations":
-        errors = {"step": data["error"]["held_out"]}
-        errors |= {name: data["error"][name] for name in ("prefill", "ttft_p50", "tbt_p99") if name in data["error"]}
-        return {"calibration": data["calibration"], "title": data["title"], "error": errors}
-    return {key: data[key] for key in (("figure",) if kind == "figures" else ("testbed", "platform", "scale"))}
+        own = {name: data["error"][name] for name in ("prefill", "ttft_p50", "tbt_p99") if name in data["error"]}
+        entry["error"] = {"step": data["error"]["held_out"]} | own
+    return entry
 
 
 def at_hand() -> Iterator[tuple[str, bytes]]:
@@ -127,22 +81,21 @@ def in_history() -> Iterator[tuple[str, bytes]]:
         raise SpecError(f"{ROOT}: its history cannot be read ({error}); git and a clone are needed") from None
 
 
-def collect(known: Mapping[str, Any], files: Iterator[tuple[str, bytes]]) -> dict[str, Any]:
+def collect(known: Known, files: Iterable[tuple[str, bytes]]) -> Known:
     """What is known, with these files added, in the order of their names. What is known of a file already stays."""
     found = {kind: dict(known.get(kind, {})) for kind in FOLDERS}
     for kind, content in files:
         found[kind].setdefault(hashlib.sha256(content).hexdigest(), _entry(kind, yaml.safe_load(content)))
-    for kind, own in found.items():
-        found[kind] = dict(sorted(own.items(), key=lambda item: (*map(str, item[1].values()), item[0])))
-    return found
+    return {
+        kind: dict(sorted(own.items(), key=lambda item: (*map(str, item[1].values()), item[0]))) for kind, own in found.items()
+    }
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 where there is no history to read."""
     parse(arguments("analysis.judge.known", __doc__), argv)
-    known = yaml.safe_load(KNOWN.read_text()) if KNOWN.is_file() else {}
-    found = collect(collect(known, at_hand()), in_history())
+    found = collect(read_yaml(KNOWN) if KNOWN.is_file() else {}, [*at_hand(), *in_history()])
     write_whole(KNOWN, HEAD + yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=130))
     console.print(written(KNOWN))
     result(known={kind: len(own) for kind, own in found.items()})

@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.judge.known import KnownCalibration, calibration_of
+from analysis.judge.integrity import tagmanifest_digest
+from analysis.judge.known import calibration_of, error_of
 from analysis.judge.trial import TrialRecord, load_trial
 from experiments.cluster.plan import identity_of
 from experiments.records.documents import FACTS, PLAN, read_document
@@ -21,6 +22,7 @@ from experiments.spec.expand import REPEAT
 from experiments.spec.spec import FIGURES, TESTBEDS, load_testbed, path_of
 
 REFERENCE = ROOT / "artifacts" / "reference"
+AT = {"prefill": ("prompt_length", "prompt_tokens", "budget"), "serving": ("qps", "rate", "budget")}  # where a point lies
 MOST_FACTS = 32 * 2**20  # bytes of trial.json in a run, which stay in memory
 MUST_MATCH = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", "machine.type", "machine.image")
 
@@ -46,15 +48,16 @@ class Run:
         on = "".join(f"; {card}" for card in sorted(cards))  # a testbed's title may name another GPU
         where = f"{self.figure} on testbed {self.testbed} ({self.plan['testbed_title']}{on}; {scale}{trace})"
         used = ((trial.facts["engine"].get("calibration"), self.calibration(trial)) for trial in self.trials if trial.simulated)
-        errors = {f"{name}, {f'held-out error {own.error.step:.1%}' if own else 'of unknown error'}" for name, own in used}
-        return f"SIMULATED ({'; '.join(sorted(errors))}) {where}" if self.simulated else where
+        errors = {(name, f"held-out error {error_of(own, 'step'):.1%}" if own else "of unknown error") for name, own in used}
+        told = "; ".join(sorted(f"{name}, {error}" for name, error in errors))
+        return f"SIMULATED ({told}) {where}" if self.simulated else where
 
     @property
     def simulated(self) -> bool:
         """Whether any of the run was simulated; every table and picture of it says so."""
         return self.plan["platform"] == "simulated" or any(trial.simulated for trial in self.trials)
 
-    def calibration(self, trial: TrialRecord) -> KnownCalibration | None:
+    def calibration(self, trial: TrialRecord) -> dict[str, Any] | None:
         """What a simulated trial was timed by; None if it is not one of ours, past or present."""
         return calibration_of(trial.facts["engine"], self.plan["identity"])
 
@@ -62,7 +65,7 @@ class Run:
         """Relative error of a quantity of a model, as we know it of its calibrations: 0 where it was measured, None where it
         was simulated with a calibration that is not ours."""
         used = [self.calibration(trial) for trial in self.trials if trial.simulated and trial.facts["model"] == model]
-        errors = [known.error.of(quantity) for known in used if known]
+        errors = [error_of(known, quantity) for known in used if known]
         return max(errors, default=0.0) if len(errors) == len(used) else None
 
     @property
@@ -100,9 +103,9 @@ def stated(bags: list[Path], key: str) -> str | None:
     for path in [file for bag in bags for file in (bag / "data/plan.json", *bag.glob("data/trials/*/*/trial.json"))]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             return str(json.loads(path.read_bytes())[key])
-    ours = product((path.stem for path in FIGURES.glob("*.yaml")), (path.stem for path in TESTBEDS.glob("*.yaml")))
-    named = [{"figure": figure, "testbed": testbed} for figure, testbed in ours]
-    return next((pair[key] for pair in named if bags[0].parent.name == f"{pair['figure']}-{pair['testbed']}"), None)
+    ours = product(*([path.stem for path in folder.glob("*.yaml")] for folder in (FIGURES, TESTBEDS)))
+    named = {f"{figure}-{testbed}": {"figure": figure, "testbed": testbed} for figure, testbed in ours}
+    return named.get(bags[0].parent.name, {}).get(key)
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -134,12 +137,6 @@ def _ended(bag: Path) -> str:
     return max((read_document(path, FACTS, f"{bag.name}: {path.name}")["ended"] for path in documents), default="")
 
 
-def _tags(bag: Path) -> bytes:
-    """What is alike only in copies of one bag: its tag manifest."""
-    path = bag / "tagmanifest-sha256.txt"
-    return path.read_bytes() if path.is_file() else bag.name.encode()
-
-
 def load_run(bags: list[Path]) -> Run:
     """Join bags of one figure and testbed, in the order of their trials' times. Of several identities the newest is taken, and
     a bag is taken once, however often it was copied; the others are named.
@@ -152,15 +149,13 @@ def load_run(bags: list[Path]) -> Run:
     plans = {bag: read_document(bag / "data" / "plan.json", PLAN, f"{bag.name}: plan.json") for bag in bags}
     ended = {bag: _ended(bag) for bag in bags} if len(bags) > 1 else {}
     newest = max(bags, key=lambda bag: (ended[bag], bag.stat().st_mtime_ns, bag.name)) if ended else bags[0]
-    identity, chosen, aside = plans[newest]["identity"], list[Path](), list[str]()
+    identity, aside, seals = plans[newest]["identity"], list[str](), dict[str, Path]()  # seals: alike only in copies
     for bag in sorted(bags, key=lambda bag: (ended.get(bag, ""), bag.name)):
-        unlike = [key for key, value in identity.items() if plans[bag]["identity"].get(key) != value]
-        if unlike:
+        if unlike := [key for key, value in identity.items() if plans[bag]["identity"].get(key) != value]:
             aside.append(f"{bag.name} differs in {', '.join(unlike)}")
-        elif same := [other for other in chosen if _tags(other) == _tags(bag)]:
-            aside.append(f"{bag.name} is a copy of {same[0].name}")
-        else:
-            chosen.append(bag)
+        elif (first := seals.setdefault(tagmanifest_digest(bag) or bag.name, bag)) != bag:
+            aside.append(f"{bag.name} is a copy of {first.name}")
+    chosen = list(seals.values())
     paths = {bag: sorted(bag.glob("data/trials/*/*")) for bag in chosen}
     size = sum(file.stat().st_size for own in paths.values() for path in own if (file := path / "trial.json").is_file())
     if not any(paths.values()) or size > MOST_FACTS:
@@ -171,8 +166,7 @@ def load_run(bags: list[Path]) -> Run:
     run = Run(plan["figure"], plan["testbed"], tuple(chosen), plan, trials, tuple(aside))
     if len(chosen) == 1:
         return run
-    first = replace(run, bags=run.bags[:1], plan=plans[chosen[0]], trials=by_bag[0], aside=())
-    return replace(run, earlier=first)
+    return replace(run, earlier=replace(run, bags=run.bags[:1], plan=plans[chosen[0]], trials=by_bag[0], aside=()))
 
 
 def differing(run: Run) -> list[str]:
@@ -202,46 +196,22 @@ def by_chunk_size(table: pd.DataFrame, *before: str) -> pd.DataFrame:
     return table.assign(order=numbers).sort_values([*before, "order"], ignore_index=True).drop(columns="order")
 
 
-def _facts(trial: TrialRecord, phase: int, *of_role: str) -> dict[str, Any]:
-    """What the tables below say of a measured phase beside its times."""
-    role = trial.facts["phases"][phase]
-    found = {key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")} | {"repeat": trial.repeat}
-    return found | {key: role[key] for key in of_role} | {"chunk_size": chunk_label(role["chunk_size"])}
+def measurements(run: Run) -> pd.DataFrame:
+    """One row for each time that a point of the figure was measured; what measured the saturation is left out.
 
-
-def prefill_times(run: Run) -> pd.DataFrame:
-    """Every prefill of a Figure 9a run.
-
-    Columns: model, in_paper, seed, trial, repeat, prompt_length, prompt_tokens, budget, chunk_size (text), seconds.
+    Columns: model, in_paper, seed, trial, repeat, truncated (by the time limit), budget (tokens), chunk_size (text). Of 9a also
+    prompt_length, prompt_tokens, seconds; of 9b qps (the paper's), rate (requests/s) and metrics.serving_metrics, in a
+    truncated trial of the requests that were served.
     """
     rows = []
     for trial in run.trials:
+        own = {key: trial.facts[key] for key in ("model", "in_paper", "seed", "trial")}
+        own |= {"repeat": trial.repeat, "truncated": trial.record.truncated}
         for phase, role in enumerate(trial.facts["phases"]):
             if role["role"] == "point":
-                facts = _facts(trial, phase, "prompt_length", "prompt_tokens", "budget")
-                rows.append(facts | {"seconds": trial.seen.prefills.get(phase)})
+                at = {key: role[key] for key in AT[run.kind]} | {"chunk_size": chunk_label(role["chunk_size"])}
+                rows.append(own | at | trial.seen.metrics.get(phase, {}))
     return pd.DataFrame(rows)
-
-
-def serving_trials(run: Run) -> pd.DataFrame:
-    """Every trial of a Figure 9b run, saturation left out.
-
-    Columns: model, in_paper, seed, trial, repeat, qps (the paper's), rate, budget, chunk_size (text), truncated (by the time
-    limit: the metrics are then of the requests that were served), then metrics.serving_metrics.
-    """
-    rows = [
-        _facts(trial, phase, "qps", "rate", "budget") | {"truncated": trial.record.truncated} | trial.seen.serving
-        for trial in run.trials
-        for phase, role in enumerate(trial.facts["phases"])
-        if role["role"] == "point"
-    ]
-    return pd.DataFrame(rows)
-
-
-def probe_steps(run: Run) -> pd.DataFrame:
-    """The fixed steps with which every trial begins: model, session, then the columns of a step."""
-    named = ((trial.seen.probes, {key: str(trial.facts[key]) for key in ("model", "session")}) for trial in run.trials)
-    return pd.concat([probes.assign(**names) for probes, names in named], ignore_index=True)
 
 
 def repeat_ratios(run: Run) -> pd.Series:
@@ -249,9 +219,8 @@ def repeat_ratios(run: Run) -> pd.Series:
 
     Time: of the prefill in 9a, the median gap between tokens in 9b.
     """
-    serving = run.kind == "serving"
-    times, value = (serving_trials(run), "tbt_p50") if serving else (prefill_times(run), "seconds")
-    keys = ["model", "seed", "qps" if serving else "prompt_length", "chunk_size"]
+    at, value = ("qps", "tbt_p50") if run.kind == "serving" else ("prompt_length", "seconds")
+    times, keys = measurements(run), ["model", "seed", at, "chunk_size"]
     again = times[times["repeat"]]
     first = times.assign(trial=times["trial"] + REPEAT).merge(again, on=[*keys, "trial"], suffixes=("", "_again"))
     return first[f"{value}_again"] / first[value]
@@ -264,10 +233,8 @@ def _relative(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
 
 
 def prefill_replicates(times: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, seed and point: `seconds` the median over the session's passes (repeats left out; NaN if one of them
-    lacks the point),
-
-    `relative` its ratio to the same session's unchunked prefill of the same length.
+    """Measurements of 9a -> one row per model, seed and point. `seconds`: the median over the session's passes, repeats left
+    out, NaN if one of them lacks the point. `relative`: to the same session's unchunked prefill of the same length.
     """
     keys = ["model", "in_paper", "seed", "prompt_length"]
     passes = times[~times["repeat"]].groupby([*keys, "chunk_size", "trial"], sort=False)["seconds"].max().unstack("trial")

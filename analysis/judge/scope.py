@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -43,8 +43,8 @@ class Place(NamedTuple):
     gpus: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [self.platform, f"scale {self.scale}", f"tensor parallel {self.tensor_parallel}", *sorted(set(self.gpus))]
-        return ", ".join(parts)
+        named = (self.platform, f"scale {self.scale}", f"tensor parallel {self.tensor_parallel}")
+        return ", ".join([*named, *sorted(set(self.gpus))])
 
 
 def place_of(run: Run, trial: TrialRecord) -> Place:
@@ -53,7 +53,7 @@ def place_of(run: Run, trial: TrialRecord) -> Place:
     together = trial.facts["settings"]["tensor_parallel"]
     if trial.simulated:
         calibration = run.calibration(trial)
-        return Place("simulated", scale, together, (calibration.title,) if calibration else ())
+        return Place("simulated", scale, together, (calibration["title"],) if calibration else ())
     device = str(engine.get("device") or "")
     if device in ("cpu", ""):
         return Place(device or "unknown device", scale, together)
@@ -82,12 +82,12 @@ def outside(run: Run, model: str, scope: Scope) -> str:
 
 def not_ours(run: Run) -> str:
     """Why a run's figure or testbed is not one of this artifact; empty if both are."""
-    known, identity = load_known(), run.plan["identity"]
-    for name, files in (("figure", known.figures), ("testbed", known.testbeds)):
-        copies = [bag / "data" / f"{name}.yaml" for bag in run.bags]
+    identity, ours = run.plan["identity"], dict[str, Any]()
+    for name in ("figure", "testbed"):
+        known, copies = load_known()[f"{name}s"], [bag / "data" / f"{name}.yaml" for bag in run.bags]
         for digest in [str(identity.get(name)), *(sha256(copy) for copy in copies if copy.is_file())]:
-            if digest not in files:
+            if digest not in known:
                 return f"its {name}.yaml (sha256 {digest[:12]}) is none of this artifact's, past or present"
-    testbed, figure = known.testbeds[str(identity["testbed"])], known.figures[str(identity["figure"])]
-    said, is_ = (run.figure, run.plan["platform"], run.plan["scale"]), (figure.figure, testbed.platform, testbed.scale)
-    return "" if said == is_ else f"its plan says {said}, its figure and testbed {is_}"
+        ours |= known[identity[name]]
+    said = {key: run.plan[key] for key in ours}
+    return "" if said == ours else f"its plan says {said}, its figure and testbed {ours}"

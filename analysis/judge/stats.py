@@ -43,9 +43,9 @@ class Sample:
     @cached_property
     def error(self) -> Array:
         """Standard error of the mean log ratio; NaN below two replicates."""
-        return np.asarray(
-            self.logs.std(axis=-1, ddof=1) / math.sqrt(self.n) if self.n > 1 else np.full_like(self.mean, math.nan)
-        )
+        if self.n < 2:
+            return np.full_like(self.mean, math.nan)
+        return np.asarray(self.logs.std(axis=-1, ddof=1) / math.sqrt(self.n))
 
     @property
     def ratio(self) -> Array:
@@ -60,12 +60,12 @@ class Sample:
         return np.exp(self.mean - half), np.exp(self.mean + half)
 
     def p_above(self, bound: float) -> Array:
-        """One-sided p value of "the ratio is above bound" (null: at most). 1 below two replicates."""
-        return self._p(self.mean - math.log(bound))
+        """One-sided p value of "the ratio is above bound" (null: at most). bound: from 0; 1 below two replicates."""
+        return self._p(self.mean - (math.log(bound) if bound else -math.inf))
 
     def p_below(self, bound: float) -> Array:
-        """One-sided p value of 'the ratio is below bound'."""
-        return self._p(math.log(bound) - self.mean)
+        """One-sided p value of "the ratio is below bound", which may be infinite."""
+        return self._p((math.log(bound) if bound else -math.inf) - self.mean)
 
     def _p(self, distance: Array) -> Array:
         if self.n < 2:

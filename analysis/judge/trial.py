@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-
 from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, prefill_seconds, serving_metrics
 from experiments.records.record import Record
@@ -22,10 +20,9 @@ LATENESS_SLACK_S = 0.002  # drawing up a request and the loop's own work between
 class Seen(NamedTuple):
     """What is seen in a record: a few numbers of tables that may be long."""
 
-    probes: pd.DataFrame  # the fixed steps with which the trial begins
+    probes: list[float]  # seconds of the fixed steps with which the trial begins
     counts: Counter[str]  # tokens asked for and received, and what gates count
-    prefills: dict[int, float]  # phase -> seconds, of a prefill trial
-    serving: dict[str, float]  # metrics of the measured phase of a serving trial
+    metrics: dict[int, dict[str, float]]  # measured phase -> its `seconds` in a prefill trial, else metrics.serving_metrics
 
 
 @dataclass(frozen=True)
@@ -51,14 +48,14 @@ class TrialRecord:
         """Computed once, in one reading of the tables."""
         phases, record = self.facts["phases"], self.record
         record = Record(record.requests, record.steps, record.tokens, record.truncated)
-        requests, metrics, prefills = record.requests, dict[str, float](), dict[int, float]()
+        requests, metrics = record.requests, dict[int, dict[str, float]]()
         probes = requests["phase"].isin([number for number, role in enumerate(phases) if role["role"] == "probe"])
-        steps = record.steps.iloc[requests.loc[probes & (requests["first_step"] >= 0), "first_step"]]
-        if self.facts["kind"] != "serving":
-            prefills = {int(str(phase)): seconds for phase, seconds in prefill_seconds(record).items()}
+        steps = record.steps["seconds"].iloc[requests.loc[probes & (requests["first_step"] >= 0), "first_step"]]
+        if self.facts["kind"] == "prefill":
+            metrics = {int(str(phase)): {"seconds": seconds} for phase, seconds in prefill_seconds(record).items()}
         elif phases[phase := point_phase(phases)]["role"] == "point":
-            metrics = serving_metrics(of_phase(record, phase))
-        return Seen(steps.copy(), _counts(record), prefills, metrics)
+            metrics = {phase: serving_metrics(of_phase(record, phase))}
+        return Seen(steps.tolist(), _counts(record), metrics)
 
 
 def _counts(record: Record) -> Counter[str]:

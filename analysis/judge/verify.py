@@ -6,9 +6,8 @@ import math
 import re
 import sys
 import tempfile
-import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,50 +23,33 @@ from experiments.records.documents import printable
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sha256
 from experiments.records.store import to_json, write_whole
-from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 
 VERDICT_FORMAT = 1
-NOTHING: dict[str, Any] = {"gates": [], "aside": [], "simulated": False}  # known of a run that was not loaded
-INDENT = " " * 5
+# Of a run whose bags are not whole, or cannot be read, no more is known.
+NOTHING: dict[str, Any] = {"integrity": [], "incomplete": False, "gates": [], "aside": [], "simulated": False}
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "NOT-APPLICABLE": "dim", "NOT-RUN": "dim"}
-
-
-def examine(name: str, bags: list[Path]) -> tuple[dict[str, Any], Run | None]:
-    """A run's part of verdict.json and, if its bags are whole, the run."""
-    found = {bag: integrity.problems(bag) for bag in bags}
-    broken = [line.replace(": ", f": {bag.name}/", 1) for bag in bags for line in found[bag]]
-    part = {
-        "name": name,
-        "figure": stated(bags, "figure"),
-        "title": name,
-        "bags": [{"name": b.name, "tagmanifest_sha256": None if found[b] else integrity.tagmanifest_digest(b)} for b in bags],
-        "integrity": broken,
-        "incomplete": bool(broken) and all(not lines or integrity.incomplete(bag, lines) for bag, lines in found.items()),
-    }
-    if broken:
-        return part | NOTHING, None
-    run = load_run(bags)
-    return part | _facts(run), run
 
 
 def _judged(claims: Sequence[rules.Claim], name: str, bags: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A run's part of verdict.json and the entries of its claims. One that cannot be read does not keep others from theirs."""
+    seals = [{"name": bag.name, "tagmanifest_sha256": integrity.tagmanifest_digest(bag)} for bag in bags]
+    part = NOTHING | {"name": name, "figure": stated(bags, "figure"), "title": name, "bags": seals}
     try:
-        part, run = examine(name, bags)
-        return part, decide(claims, part, run)
+        found = {bag: integrity.problems(bag) for bag in bags}
+        if any(found.values()):
+            for seal, lines in zip(seals, found.values(), strict=True):
+                seal["tagmanifest_sha256"] = None if lines else seal["tagmanifest_sha256"]
+            broken = [line.replace(": ", f": {bag.name}/", 1) for bag in bags for line in found[bag]]
+            cut = all(not lines or integrity.incomplete(bag, lines) for bag, lines in found.items())
+            part |= {"integrity": broken, "incomplete": cut}
+            return part, decide(claims, part, None)
+        run = load_run(bags)
+        whole = part | _facts(run)
+        return whole, decide(claims, whole, run)
     except Exception as error:  # a bag may come from anywhere, and nothing that it holds is known to be of the right form
         reason = str(error) if isinstance(error, (SpecError, OSError)) else f"not records of ours: {error!r}"
-        tags = [bag / integrity.TAGS for bag in bags]
-        digests = [sha256(path) if path.is_file() else None for path in tags]
-        part = {
-            "name": name,
-            "figure": stated(bags, "figure"),
-            "title": name,
-            "bags": [{"name": b.name, "tagmanifest_sha256": tag} for b, tag in zip(bags, digests, strict=True)],
-            "integrity": [],
-            "incomplete": False,
-            "unreadable": reason[:500],
-        } | NOTHING
+        part |= {"unreadable": reason[:500]}
         return part, decide(claims, part, None)
 
 
@@ -83,38 +65,43 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def decide(claims: Sequence[rules.Claim], part: dict[str, Any], run: Run | None) -> list[dict[str, Any]]:
+def decide(claims: Sequence[rules.Claim], part: Mapping[str, Any], run: Run | None) -> list[dict[str, Any]]:
     """One entry of verdict.json for each claim of the run's figure."""
     first: dict[str, dict[str, Any]] | None = None  # what the first look decided, if this is the second
     if run and run.earlier:
-        then = part | {"gates": [asdict(gate) for gate in gates.check(run.earlier)]}
+        then = {**part, "gates": [asdict(gate) for gate in gates.check(run.earlier)]}
         first = {entry["id"]: entry for entry in decide(claims, then, run.earlier)}
     decided: list[dict[str, Any]] = []
-    judged: list[tuple[rules.Claim, Any]] = []
+    judged: list[tuple[rules.Claim, Sample]] = []
+    trace = run.trace if run else None
     broken = "; ".join(f"gate broken: {gate['gate']} ({gate['detail']})" for gate in part["gates"] if not gate["ok"])
     for claim in (claim for claim in claims if claim.figure == part["figure"]):
         entry = _entry(claim) | {"run": part["name"], "title": part["title"], "simulated": part["simulated"]}
-        if part.get("unreadable"):
-            entry |= {"verdict": "INCONCLUSIVE", "reason": f"the run cannot be read: {part['unreadable']}"}
-        elif part.get("incomplete"):
-            reason = f"the run is incomplete, half copied perhaps ({len(part['integrity'])} files): {part['integrity'][0]}"
-            entry |= {"verdict": "INCONCLUSIVE", "reason": reason}
-        elif run is None:
-            entry |= {"verdict": "FAIL", "reason": f"the bag is not as it was sealed: {part['integrity'][0]}"}
-        elif isinstance(found := rules.observe(run, claim, broken), Sample):
-            entry["trace"] = run.trace["name"] if run.trace else None
+        found = _unread(part) if run is None else rules.observe(run, claim, broken)
+        if isinstance(found, Sample):
+            entry["trace"] = trace["name"] if trace else None
             judged.append((claim, found))
         else:
-            entry |= dict(zip(("verdict", "reason"), found, strict=True))
+            entry["verdict"], entry["reason"] = found
         decided.append(entry)
-    if run is None or not judged:
+    if not judged:
         return decided
     before = None if first is None else [_settled(first[claim.id]) or "INCONCLUSIVE" for claim, _ in judged]
     verdicts = iter(rules.judge([claim for claim, _ in judged], [seen for _, seen in judged], before))
     return [entry if "verdict" in entry else _kept(first, entry | next(verdicts)) for entry in decided]
 
 
-def _settled(entry: dict[str, Any]) -> str | None:
+def _unread(part: Mapping[str, Any]) -> tuple[str, str]:
+    """Verdict and reason for every claim of a run that was not loaded."""
+    if part.get("unreadable"):
+        return "INCONCLUSIVE", f"the run cannot be read: {part['unreadable']}"
+    count, first = len(part["integrity"]), part["integrity"][0]
+    if part["incomplete"]:
+        return "INCONCLUSIVE", f"the run is incomplete, half copied perhaps ({count} files): {first}"
+    return "FAIL", f"the bag is not as it was sealed: {first}"
+
+
+def _settled(entry: Mapping[str, Any]) -> str | None:
     return entry["verdict"] if entry["verdict"] in ("PASS", "FAIL") else None
 
 
@@ -177,10 +164,10 @@ def verify_archive(path: Path, everything: bool = False) -> dict[str, Any]:
         changed = archive.problems(folder)
         found = verify(archive.runs_in(folder), everything)
     found["archive"] = {"name": path.name, "sha256": sha256(path), "integrity": changed}
-    lacks = changed and all(line.startswith("missing: ") for line in changed)  # half copied
-    if not changed or found["overall"] == "FAIL":
-        return found
-    return found | ({"overall": "INCONCLUSIVE", "status": 2} if lacks else {"overall": "FAIL", "status": 1})
+    if changed and found["overall"] != "FAIL":
+        half_copied = all(line.startswith("missing: ") for line in changed)
+        found["overall"], found["status"] = ("INCONCLUSIVE", 2) if half_copied else ("FAIL", 1)
+    return found
 
 
 def show(found: dict[str, Any]) -> None:
@@ -188,15 +175,14 @@ def show(found: dict[str, Any]) -> None:
     if made := found.get("archive"):
         console.print("\n  ".join((f"archive {made['name']} sha256 {made['sha256']}", *made["integrity"])))
     for part in found["runs"]:
-        console.print(f"\n{part['title']}")
-        for bag in part["bags"]:
-            console.print(f"  {bag['name']}  tag manifest sha256 {bag['tagmanifest_sha256'] or 'not as sealed'}")
-        if part.get("unreadable"):
-            console.print(f"  cannot be read: {part['unreadable']}")
-        for line in (*part["integrity"], *part["aside"]):
-            console.print(f"  {line}")
-        for gate in part["gates"]:
-            console.print(f"  gate {'ok    ' if gate['ok'] else 'BROKEN'} {gate['gate']}: {gate['detail']}")
+        console.print()
+        paragraph(part["title"])
+        lines = [f"{bag['name']}: tag manifest sha256 {bag['tagmanifest_sha256'] or 'not as sealed'}" for bag in part["bags"]]
+        lines += [f"cannot be read: {part['unreadable']}"] if part.get("unreadable") else []
+        lines += [*part["integrity"], *part["aside"]]
+        lines += [f"gate {'ok    ' if gate['ok'] else 'BROKEN'} {gate['gate']}: {gate['detail']}" for gate in part["gates"]]
+        for line in lines:
+            paragraph(line, "  ")
     for entry in found["claims"]:
         run = f"  {entry['run'] or 'not run'}{', SIMULATED' if entry['simulated'] else ''}"
         console.print(Text.assemble(f"\n{entry['id']:5}", _coloured(entry["verdict"]), run))
@@ -204,7 +190,7 @@ def show(found: dict[str, Any]) -> None:
         judged = {"agrees": "agrees", "contradicts": "contradicts this"}.get(published["verdict"])
         reference = f" The published run {judged} ({published['value']:.4g})." if judged else ""
         for line in (entry["statement"], f"{entry['reason'][0].upper()}{entry['reason'][1:]}.{reference}"):
-            console.print(textwrap.fill(line, console.width, initial_indent=INDENT, subsequent_indent=INDENT))
+            paragraph(line, " " * 5)
     counts = Counter(entry["verdict"] for entry in found["claims"])
     console.print(f"\nclaims: {', '.join(f'{counts[verdict]} {verdict}' for verdict in STYLES if counts[verdict])}")
 

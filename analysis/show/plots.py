@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Figure  # again, for who draws through here
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from analysis.judge.load import Run, chunk_order, prefill_replicates, prefill_times, published_prefill
-from analysis.judge.stats import sample
+from analysis.judge.load import Run, chunk_order, published_prefill
+from analysis.show.summary import prefill_table
 from experiments.records.store import write_whole
 
 # Okabe and Ito's colour-blind safe palette, from dark to light as the chunk size grows: CIE L* 0, 46, 71, 90, so that grey
@@ -30,7 +29,6 @@ OTHER_COLOUR = "#FFFFFF"  # a chunk size that neither figure of the paper has
 REFERENCE_GROUND = "#EEEEEE"  # behind published values
 HATCH = "/////"  # on simulated values
 PANEL_INCHES = (3.3, 2.2)  # width: one column of the paper
-KEYS = ["model", "in_paper", "prompt_length", "chunk_size"]
 GROUP_WIDTH = 0.84  # of the distance between two groups
 MIN_GROUPS = 3  # a panel has room for as many, so that a lone group's bars do not look like blocks
 DASHED: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
@@ -51,36 +49,15 @@ STYLE: Any = {
 styled = mpl.rc_context(STYLE)  # decorates whatever draws
 
 
-def mean_interval(values: pd.Series, error: float | None) -> tuple[int, float, float, float]:
-    """How many replicates, their geometric mean and the 95 % t interval of their logs, NaN where there are fewer than two.
-
-    On that scale a ratio and its inverse are alike. error: by which a simulated interval is wider; None: unknown, no interval.
-    """
-    seen = sample(values.tolist(), error or 0.0)
-    low, high = seen.interval() if seen.n > 1 and error is not None else (math.nan, math.nan)
-    return seen.n, float(seen.ratio), float(low), float(high)
-
-
-def relative_intervals(run: Run) -> pd.DataFrame:
-    """One row per model and point of Figure 9a: prefill time relative to unchunked, with its interval (mean_interval).
-
-    Columns: model, in_paper, prompt_length (tokens), chunk_size (text), replicates, relative, low, high.
-    """
-    ratios = prefill_replicates(prefill_times(run))
-    ratios = ratios[np.isfinite(ratios["relative"]) & (ratios["relative"] > 0)]  # the rest did not finish; a gate says so
-    groups = ratios.groupby(KEYS, sort=False)["relative"]
-    rows = [(*key, *mean_interval(values, run.model_error(key[0], "prefill"))) for key, values in groups]
-    return pd.DataFrame(rows, columns=[*KEYS, "replicates", "relative", "low", "high"]).astype({"in_paper": bool})
-
-
 @styled
 def prefill_figure(run: Run) -> Figure:
     """Figure 9a: a row per model, the paper's model first and its published values beside it on the same scale."""
-    intervals = relative_intervals(run).sort_values("in_paper", ascending=False, kind="stable")
+    intervals = prefill_table(run).dropna(subset="relative_mean")  # the rest did not finish; a gate says so
     models = list(dict.fromkeys(intervals["model"])) or run.models
-    beside = published_prefill().assign(low=math.nan, high=math.nan) if intervals["in_paper"].any() else intervals.iloc[:0]
+    beside = published_prefill().rename(columns={"relative": "relative_mean"})
+    beside = beside if intervals["in_paper"].any() else beside.iloc[:0]
     columns = 2 if len(beside) else 1
-    tallest = max(1.0, intervals["relative"].max(), intervals["high"].max(), beside["relative"].max())
+    tallest = max(1.0, *intervals[["relative_mean", "relative_mean_high"]].max(), beside["relative_mean"].max())
     figure = Figure(figsize=(PANEL_INCHES[0] * columns + 0.3, PANEL_INCHES[1] * len(models) + 0.8), layout="constrained")
     grid = figure.subplots(len(models), columns, squeeze=False, sharey=True)
     grid[0, 0].set_ylim(0, 1.24 * tallest)  # with room for the numbers above the bars
@@ -137,11 +114,20 @@ def label_groups(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="x", length=0)
 
 
-def log_ticks(axis: Axis, multiples: Sequence[float] = (1, 2, 5)) -> None:
-    """Plain numbers at these multiples of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=multiples))
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axis.set_minor_formatter(NullFormatter())
+def log_ticks(*axes: Axis) -> None:
+    """Plain numbers on logarithmic axes whose limits are set: enough of them on less than a decade, and none that touch."""
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        subs = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 50 * low else (1, 3)
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def ground(axes: Axes, run: Run) -> None:
+    """Behind simulated values where there are no bars to hatch."""
+    if run.simulated:
+        axes.patch.set(hatch=HATCH, edgecolor="#DDDDDD", linewidth=0)
 
 
 def _sizes(chunk_sizes: Iterable[str]) -> list[str]:
@@ -163,10 +149,11 @@ def _prefill_panel(axes: Axes, rows: pd.DataFrame, hatched: bool) -> None:
     ground = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5}
     for row in rows[rows["chunk_size"] != "unchunked"].to_dict("records"):
         x = lengths.index(row["prompt_length"]) + (sizes.index(row["chunk_size"]) - (len(sizes) - 1) / 2) * step
-        axes.bar(x, row["relative"], 0.92 * step, zorder=2, **look(row["chunk_size"], hatched))
-        whisker(axes, x, row["low"], row["high"])
-        top = row["relative"] if pd.isna(row["high"]) else row["high"]
-        axes.annotate(f"{row['relative']:.2f}", (x, top), rotation=90, bbox=ground, zorder=3.5, **ABOVE)
+        axes.bar(x, row["relative_mean"], 0.92 * step, zorder=2, **look(row["chunk_size"], hatched))
+        high = row.get("relative_mean_high", math.nan)  # nothing published has an interval
+        whisker(axes, x, row.get("relative_mean_low", math.nan), high)
+        top = row["relative_mean"] if pd.isna(high) else high
+        axes.annotate(f"{row['relative_mean']:.2f}", (x, top), rotation=90, bbox=ground, zorder=3.5, **ABOVE)
     axes.axhline(1, zorder=3, **DASHED)
     label_groups(axes, [f"{length / 1024:g}k" for length in lengths])
     axes.set_xlabel("prompt length (the paper's tokens)")

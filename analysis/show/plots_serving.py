@@ -9,42 +9,28 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
-from analysis.judge.load import Run, by_chunk_size, chunk_label, chunk_order, serving_trials
+from analysis.judge.load import Run, chunk_label, chunk_order
 from analysis.judge.trial import TrialRecord
 from analysis.show import plots
+from analysis.show.summary import serving_table
 from experiments.records.metrics import NAMES, of_phase, point_phase, tbt, time_unit
 
 Floats = npt.NDArray[np.float64]
-KEYS = ["model", "in_paper", "qps", "chunk_size"]
+MEANS = {f"{name}_mean": words for name, words in NAMES.items()}
 # Vermillion of the same palette and a grey: no chunk size has them, and grey print keeps them apart (CIE L* 54 and 80).
 PREFILL_COLOUR, DECODE_COLOUR = "#D55E00", "#C6C6C6"
 QPS_LOOKS: tuple[tuple[str, Any], ...] = (("o", "solid"), ("s", (0, (4, 2))), ("^", (0, (1, 1))), ("D", "dashdot"))
 MOST_STEPS = 1500  # of a trial that a picture has room for; of a longer one the middle is drawn
-CURVE_POINTS = 300  # of a distribution, evenly spread over the logarithm of its complement
+GAPS = np.geomspace(1e-6, 1e4, 5001)  # seconds between tokens: intervals in which they are counted, 0.5 % wide
 
 
-def serving_intervals(run: Run) -> pd.DataFrame:
-    """One row per point of Figure 9b, by model, QPS and chunk size: P50 TTFT and P99 TBT, seconds, with their intervals.
-
-    Columns: model, in_paper, qps (the paper's), chunk_size (text), rate and rate_high (lowest and highest, requests/s),
-    replicates, then ttft_p50, ttft_p50_low, ttft_p50_high and the same of tbt_p99: plots.mean_interval over seeds.
-    """
-    trials = serving_trials(run)
-    rows = []
-    if len(trials):
-        # NaN: nothing finished, or one token each; a gate says so, and of trials that were cut short, too.
-        finished = trials[list(NAMES)].gt(0).all(axis=1) & ~trials["truncated"]
-        for key, group in trials[finished & ~trials["repeat"]].groupby(KEYS, sort=False):
-            found = (plots.mean_interval(group[name], run.model_error(str(key[0]), name)) for name in NAMES)
-            (count, *ttft), (_, *gap) = found
-            rows.append((*key, group["rate"].min(), group["rate"].max(), count, *ttft, *gap))
-    values = [f"{metric}{end}" for metric in NAMES for end in ("", "_low", "_high")]
-    table = pd.DataFrame(rows, columns=[*KEYS, "rate", "rate_high", "replicates", *values])
-    return by_chunk_size(table, "model", "qps")
+def finished(run: Run) -> pd.DataFrame:
+    """The rows of summary.serving_table that have both metrics. Of the others nothing finished, or one token each, or all was
+    cut short; a gate says so."""
+    return serving_table(run).dropna(subset=list(MEANS))
 
 
 def load_words(qps: float, rates: Collection[float]) -> str:
@@ -54,14 +40,14 @@ def load_words(qps: float, rates: Collection[float]) -> str:
 
 
 def load_of(rows: pd.DataFrame) -> str:
-    """load_words of rows of serving_intervals that have one QPS."""
-    return load_words(rows["qps"].iloc[0], [*rows["rate"], *rows["rate_high"]])
+    """load_words of rows of summary.serving_table that have one QPS."""
+    return load_words(rows["qps"].iloc[0], [*rows["rate_min"], *rows["rate_max"]])
 
 
 @plots.styled
 def serving_figure(run: Run) -> Figure:
     """Figure 9b: a row per model, a panel per QPS; in it P50 TTFT and P99 TBT by chunk size, each on its own scale from 0."""
-    panels = [[rows for _, rows in of_model.groupby("qps")] for _, of_model in serving_intervals(run).groupby("model")]
+    panels = [[rows for _, rows in of_model.groupby("qps")] for _, of_model in finished(run).groupby("model")]
     shape = max(1, len(panels)), max([len(row) for row in panels], default=1)
     size = (plots.PANEL_INCHES[0] * shape[1] + 0.3, (plots.PANEL_INCHES[1] + 0.1) * shape[0] + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -72,7 +58,7 @@ def serving_figure(run: Run) -> Figure:
             title = f"{'SIMULATED: ' if run.simulated else ''}{rows['model'].iloc[0]}, {load_of(rows)}"
             panel.suptitle(f"{title}\n{plots.conditions(run, int(rows['replicates'].min()))}", fontsize=7.5)
             panel.supxlabel("chunk size (the paper's tokens)", fontsize=7.5)
-            for axes, metric in zip(panel.subplots(1, 2), NAMES, strict=True):
+            for axes, metric in zip(panel.subplots(1, 2), MEANS, strict=True):
                 _bars(axes, rows, metric, run.simulated)
     return figure
 
@@ -89,7 +75,7 @@ def _bars(axes: Axes, rows: pd.DataFrame, metric: str, hatched: bool) -> None:
         axes.annotate(f"{value:,.{digits}f}", (x, top), zorder=5, **plots.ABOVE)
     axes.set_ylim(0, 1.15 * tops.max())
     plots.label_groups(axes, list(rows["chunk_size"]))
-    axes.set_ylabel(f"{NAMES[metric]} ({unit})")
+    axes.set_ylabel(f"{MEANS[metric]} ({unit})")
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
@@ -116,13 +102,13 @@ def published_figure(run: Run, table: pd.DataFrame) -> Figure:
 @plots.styled
 def tradeoff_figure(run: Run) -> Figure:
     """A panel per model: P50 TTFT over P99 TBT, a curve per QPS, its points labelled by chunk size. Nearer 0 is better."""
-    models = [rows for _, rows in serving_intervals(run).groupby("model")]
+    models = [rows for _, rows in finished(run).groupby("model")]
     columns = max(1, len(models))
     figure = Figure(figsize=(plots.PANEL_INCHES[0] * columns + 0.3, 3.6), layout="constrained")
     plots.entitle(figure, 48 * columns, "trade-off between TTFT and TBT", run.title)
     for axes, rows in zip(figure.subplots(1, columns, squeeze=False)[0], models, strict=False):
         _curves(axes, rows)
-        _ground(axes, run)
+        plots.ground(axes, run)
         title = f"{'SIMULATED: ' if run.simulated else ''}{rows['model'].iloc[0]}"
         axes.set_title("\n".join([title, *plots.conditions(run, int(rows["replicates"].min())).split("; ")]))
     return figure
@@ -130,7 +116,7 @@ def tradeoff_figure(run: Run) -> Figure:
 
 def _curves(axes: Axes, rows: pd.DataFrame) -> None:
     """The curves of one model, on logarithmic scales: loads and chunk sizes differ by factors."""
-    (of_x, x_unit), (of_y, y_unit) = time_unit(rows["tbt_p99"]), time_unit(rows["ttft_p50"])
+    (of_x, x_unit), (of_y, y_unit) = time_unit(rows["tbt_p99_mean"]), time_unit(rows["ttft_p50_mean"])
     style: dict[str, Any] = {"markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
     style |= {"ecolor": "black", "elinewidth": 0.8, "capsize": 1.8}
     # the lowest load lies lowest: its labels go to the other side
@@ -139,74 +125,52 @@ def _curves(axes: Axes, rows: pd.DataFrame) -> None:
     for number, (_, curve) in enumerate(rows.groupby("qps")):
         marker, dashes = QPS_LOOKS[number % len(QPS_LOOKS)]
         line: dict[str, Any] = {"color": "#777777", "linestyle": dashes, "linewidth": 1}
-        axes.plot(of_x * curve["tbt_p99"], of_y * curve["ttft_p50"], zorder=2, **line)
+        axes.plot(of_x * curve["tbt_p99_mean"], of_y * curve["ttft_p50_mean"], zorder=2, **line)
         axes.plot([], [], marker=marker, label=load_of(curve), **line)  # for the legend: with a marker, but of no chunk size
         for row in curve.to_dict("records"):
-            point = (of_x * row["tbt_p99"], of_y * row["ttft_p50"])
-            yerr = [[of_y * abs(row[f"ttft_p50_{end}"] - row["ttft_p50"])] for end in ("low", "high")]
-            xerr = [[of_x * abs(row[f"tbt_p99_{end}"] - row["tbt_p99"])] for end in ("low", "high")]
+            point = (of_x * row["tbt_p99_mean"], of_y * row["ttft_p50_mean"])
+            yerr = [[of_y * abs(row[f"ttft_p50_mean_{end}"] - row["ttft_p50_mean"])] for end in ("low", "high")]
+            xerr = [[of_x * abs(row[f"tbt_p99_mean_{end}"] - row["tbt_p99_mean"])] for end in ("low", "high")]
             axes.errorbar(*point, yerr, xerr, marker=marker, color=plots.colour(row["chunk_size"]), **style)
             aside = beside if number else below
             axes.annotate(row["chunk_size"], point, textcoords="offset points", fontsize=6.5, zorder=5, **aside)
     axes.set(xscale="log", yscale="log", xlabel=f"P99 TBT ({x_unit})", ylabel=f"P50 TTFT ({y_unit})")
     axes.margins(0.16)
-    _log_ticks(axes.xaxis)
-    _log_ticks(axes.yaxis)
+    plots.log_ticks(axes.xaxis, axes.yaxis)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, columnspacing=1, fontsize=6.5, handlelength=3.4)
-
-
-def _ground(axes: Axes, run: Run) -> None:
-    """Behind simulated values where there are no bars to hatch."""
-    if run.simulated:
-        axes.patch.set(hatch=plots.HATCH, edgecolor="#DDDDDD", linewidth=0)
-
-
-def _log_ticks(axis: Axis) -> None:
-    """Plain numbers, enough of them on a range of less than a decade too."""
-    low, high = axis.get_view_interval()
-    plots.log_ticks(axis, (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 100 * low else (1, 3))
-    axis.set_minor_locator(NullLocator())
 
 
 @plots.styled
 def tbt_figure(run: Run, model: str, qps: float) -> Figure:
     """Share of the gaps between tokens that are longer than so long, by chunk size; all seeds of a model and QPS pooled."""
-    gaps: dict[str, list[Floats]] = {}
+    counts: dict[str, Any] = {}
     rates = []
-    for trial in run.trials:
+    for trial in run.trials:  # counted one by one, so that all of them take the memory of one
         phase = point_phase(trial.facts["phases"])
         role = trial.facts["phases"][phase]
         if (trial.facts["model"], role.get("qps")) == (model, qps) and not trial.repeat:
-            gaps.setdefault(chunk_label(role["chunk_size"]), []).append(tbt(of_phase(trial.record, phase)))
+            size, gaps = chunk_label(role["chunk_size"]), tbt(of_phase(trial.record, phase)).clip(GAPS[0], GAPS[-1])
+            counts[size] = counts.get(size, 0) + np.histogram(gaps, GAPS)[0]
             rates.append(role["rate"])
     figure = Figure(figsize=(plots.PANEL_INCHES[0] + 0.3, 2.9), layout="constrained")
     axes = figure.subplots()
-    for size in sorted(gaps, key=chunk_order):
-        seconds, share = exceedance(np.concatenate(gaps[size]))
-        if len(seconds):
-            axes.plot(1e3 * seconds, share, color="black", linewidth=2.2, solid_capstyle="butt")  # yellow on white needs it
-            axes.plot(1e3 * seconds, share, color=plots.colour(size), linewidth=1.3, label=f"chunk size {size}")
+    for size in sorted(counts, key=chunk_order):
+        longer = counts[size].sum() - counts[size].cumsum()  # than the right end of each interval
+        shown = (counts[size] > 0) & (longer > 0)
+        if shown.any():
+            style: dict[str, Any] = {"solid_capstyle": "butt", "drawstyle": "steps-post"}
+            x, y = 1e3 * GAPS[1:][shown], longer[shown] / counts[size].sum()
+            axes.plot(x, y, color="black", linewidth=2.2, **style)  # yellow on white needs it
+            axes.plot(x, y, color=plots.colour(size), linewidth=1.3, label=f"chunk size {size}", **style)
     axes.axhline(0.01, color="black", linewidth=0.6, linestyle="dotted", zorder=0)
     axes.annotate("P99", (0.01, 0.01), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="TBT (ms)", ylabel="share of gaps that are longer")
-    _log_ticks(axes.xaxis)
+    plots.log_ticks(axes.xaxis)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.legend(loc="best", fontsize=6.5)
-    _ground(axes, run)
+    plots.ground(axes, run)
     plots.entitle(figure, 44, f"TBT of {model}, {load_words(qps, rates)}", run.title)
     return figure
-
-
-def exceedance(values: Floats) -> tuple[Floats, Floats]:
-    """Complementary distribution, thinned to CURVE_POINTS: values in rising order and the share of all that are longer.
-
-    The longest is left out: nothing is longer, and a logarithm has no zero.
-    """
-    ordered = np.sort(values)
-    if len(ordered) < 2:
-        return ordered[:0], ordered[:0]
-    longer = np.unique(np.geomspace(1, len(ordered) - 1, CURVE_POINTS).round().astype(np.int64))[::-1]
-    return ordered[len(ordered) - 1 - longer], longer / len(ordered)
 
 
 @plots.styled
@@ -234,7 +198,7 @@ def trial_figure(run: Run, trial: TrialRecord) -> Figure:
         axes.set(ylabel=label, xlim=(starts.min(), ends.max()))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=axes is queue))
-        _ground(axes, run)
+        plots.ground(axes, run)
     queue.set_xlabel("seconds since the first request arrived")
     figure.align_ylabels(rows)
     figure.legend(loc="outside lower center", ncols=3)

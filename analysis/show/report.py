@@ -1,6 +1,7 @@
 """The report: verdicts, figures beside the reference, tables and provenance in one self-contained page.
 
-`python -m analysis.show.report` draws every judged run and writes REPORT/index.html from REPORT/verdict.json.
+`python -m analysis.show.report` draws every judged run and writes REPORT/index.html from REPORT/verdict.json. Runs are
+loaded one at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jinja2
 from analysis.judge import integrity
 from analysis.judge.load import find_runs, load_run
 from analysis.judge.verify import VERDICT_FORMAT
-from analysis.show.views import VIEWS, View, schedule_view
+from analysis.show.views import VIEWS, View, data_uri, schedule_view
 from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
@@ -64,8 +65,11 @@ def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {key: numbers[key] for key in (*NUMBERS, *numbers) if key in numbers}
 
 
-def render(verdict: Mapping[str, Any], views: Mapping[str, View | None], unjudged: Sequence[str]) -> str:
-    """The page. Everything in it is escaped: records and verdicts may come from anywhere."""
+def render(verdict: Mapping[str, Any], **shown: Any) -> str:
+    """The page. Everything in it is escaped: records and verdicts may come from anywhere.
+
+    shown: views (by run), advice (pictures by name) and unjudged (names of runs).
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -75,8 +79,7 @@ def render(verdict: Mapping[str, Any], views: Mapping[str, View | None], unjudge
     )
     environment.filters["ordered"] = ordered
     counts = Counter(str(claim["verdict"]) for claim in verdict.get("claims", []))
-    template = environment.get_template("report.html.j2")
-    return template.render(verdict=verdict, counts=counts, views=views, unjudged=unjudged)
+    return environment.get_template("report.html.j2").render(verdict=verdict, counts=counts, **shown)
 
 
 @command
@@ -86,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = read_verdict(options.report / "verdict.json")
     found = find_runs(options.runs)
     views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
+    drawn = [path for name in ("recommend", "capacity") for path in sorted(options.report.glob(f"{name}-*.svg"))]
     page, unjudged = options.report / "index.html", sorted(set(found) - set(views))
-    write_whole(page, render(verdict, views, unjudged))
+    advice = {path.stem: data_uri(path) for path in drawn}
+    write_whole(page, render(verdict, views=views, advice=advice, unjudged=unjudged))
     console.print(f"report written to {page}\n{written(options.report)}")
     result(report=page, overall=verdict.get("overall"), unjudged=unjudged)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from glob import escape
@@ -10,34 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 
 from analysis.judge.load import (
+    REFERENCE,
     Run,
     by_chunk_size,
     load_run,
+    measurements,
     prefill_replicates,
-    prefill_times,
     published_prefill,
-    serving_trials,
     stated,
 )
-from analysis.show.published import against_published, published_lines
+from analysis.judge.stats import sample
 from experiments.records import terminal
 from experiments.records.errors import SpecError
-from experiments.records.metrics import time_unit
+from experiments.records.metrics import NAMES, time_unit
+from experiments.records.provenance import sha256
 from experiments.records.store import write_whole
-from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.spec.spec import load_testbed
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result
+from experiments.simulator.calibration import CALIBRATIONS
+from experiments.spec.spec import load_testbed, read_yaml
+
+WORDS = {"step": "one step, ms", **{name: f"{word}, s" for name, word in NAMES.items()}}
+OF_KIND = {"prefill": ("step",), "serving": tuple(NAMES)}  # Figure 9a's own values stand in its table
+NO_METRICS = {"model", "in_paper", "seed", "trial", "repeat", "truncated", "budget", "qps", "chunk_size"}
 
 
 def prefill_table(run: Run) -> pd.DataFrame:
-    """One row per point of Figure 9a: median and range over replicates, of prefill seconds and relative to unchunked.
+    """One row per point of Figure 9a: prefill seconds, and `relative` to unchunked, over_replicates.
 
     `published_relative` stands beside the model that the paper measured, at the paper's lengths and chunk sizes.
     """
     keys = ["model", "in_paper", "prompt_length", "chunk_size"]
-    table = _over_replicates(prefill_replicates(prefill_times(run)), keys, ["seconds", "relative"])
+    table = over_replicates(run, prefill_replicates(measurements(run)), keys, ["seconds", "relative"], {"relative": "prefill"})
     published = published_prefill().set_index(["prompt_length", "chunk_size"]).add_prefix("published_")
     joined = table.join(published, on=["prompt_length", "chunk_size"])
     joined.loc[~joined["in_paper"], list(published.columns)] = float("nan")
@@ -45,13 +51,53 @@ def prefill_table(run: Run) -> pd.DataFrame:
     return ordered.sort_values("in_paper", ascending=False, kind="stable", ignore_index=True)
 
 
-def _over_replicates(rows: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
-    """keys, replicates, then value, value_min and value_max of each: its median, minimum and maximum over replicates."""
+def serving_table(run: Run) -> pd.DataFrame:
+    """One row per point of Figure 9b: every metric over_replicates; seconds, tokens, requests per second.
+
+    `truncated`: how many more replicates a time limit cut short. They are in no value: those whom it left unserved waited
+    longest. NaN where none is whole.
+    `load` of a simulated run: its rate over the saturation throughput of that chunk size.
+    """
+    trials, keys = measurements(run), ["model", "qps", "chunk_size"]
+    trials = trials[~trials["repeat"]]
+    metrics = [name for name in trials.columns if name not in NO_METRICS]
+    whole = trials.mask(trials["truncated"], trials.assign(**dict.fromkeys(set(metrics) - {"rate"}, math.nan)))
+    cut = trials.groupby(keys, sort=False)["truncated"].sum().reset_index()
+    table = over_replicates(run, whole, keys, metrics, {name: name for name in NAMES})
+    table = by_chunk_size(table.merge(cut, on=keys, how="left"), "model", "qps")
+    if saturation := run.plan.get("saturation"):
+        most = [saturation[model][size] for model, size in zip(table["model"], table["chunk_size"], strict=True)]
+        table.insert(len(keys), "load", table["rate"] / most)
+    return table
+
+
+def over_replicates(
+    run: Run, rows: pd.DataFrame, keys: list[str], values: list[str], judged: Mapping[str, str]
+) -> pd.DataFrame:
+    """keys, the first of them the model; value, value_min, value_max: median, minimum and maximum over replicates; replicates:
+    how many have the judged values.
+
+    Of judged values, each with the quantity whose error a simulation has, also value_mean, the geometric mean, and the 95 % t
+    interval of their logs, value_mean_low and value_mean_high, widened by that error. NaN where nothing is known.
+    """
     groups = rows.groupby(keys, sort=False)
     table = groups[values].agg(["median", "min", "max"])
     table.columns = ["_".join(pair).removesuffix("_median") for pair in table.columns.to_flat_index()]
-    table.insert(0, "replicates", groups["seed"].nunique())
-    return table.reset_index()
+    for name, quantity in judged.items():
+        means = [_mean(own, run.model_error(str(key[0]), quantity)) for key, own in groups[name]]
+        table[["replicates", f"{name}_mean", f"{name}_mean_low", f"{name}_mean_high"]] = means
+    return table.reset_index().astype({"replicates": int})
+
+
+def _mean(values: pd.Series, error: float | None) -> tuple[int, float, float, float]:
+    """How many are positive numbers (others did not finish), their mean and interval. On the scale of logs a ratio and its
+    inverse are alike. error: relative; None: unknown."""
+    there = [value for value in values if value > 0 and math.isfinite(value)]
+    if not there:
+        return 0, math.nan, math.nan, math.nan
+    seen = sample(there, error or 0.0)
+    low, high = seen.interval() if seen.n > 1 and error is not None else (math.nan, math.nan)
+    return seen.n, float(seen.ratio), float(low), float(high)
 
 
 def published_errors(table: pd.DataFrame) -> str:
@@ -65,65 +111,85 @@ def published_errors(table: pd.DataFrame) -> str:
     )
 
 
-def _begin(run: Run, model: object, columns: Sequence[str], more: str = "") -> Table:
-    """Print what the table of a model is of; the table, to be filled."""
-    spread = f"median and range of {run.replicates} replicate{'s'[: run.replicates > 1]}"
-    console.print(f"\n{run.title}\n{model}, {spread}{more}")
-    return terminal.table(*columns)
+def against_published(run: Run) -> pd.DataFrame:
+    """calibration, quantity, source, at, predicted, published, off: relative; NaN where nothing is published.
+
+    Empty for a run that was not simulated, and for one with calibrations that are not those at hand.
+    """
+    known, used = read_yaml(REFERENCE / "end_to_end.yaml"), {str(t.facts["engine"].get("calibration")) for t in run.trials}
+    at_hand = {name for name in used & known.keys() if run.plan["identity"].get(name) == sha256(CALIBRATIONS / f"{name}.yaml")}
+    rows = [{"calibration": name} | value for name in sorted(at_hand) for value in known[name].get("values", ())]
+    table = pd.DataFrame(rows, columns=["calibration", "quantity", "source", "at", "predicted", "published"])
+    table["published"] = table["published"].astype(float)
+    table = table[table["quantity"].isin(OF_KIND[run.kind])]
+    return table.assign(off=(table["predicted"] / table["published"] - 1).round(4) + 0.0).reset_index(drop=True)
 
 
-def _range(row: Mapping[Any, Any], value: str, digits: int, factor: float = 1.0) -> str:
-    median, low, high = (_number(factor * row[name], f".{digits}f") for name in (value, f"{value}_min", f"{value}_max"))
-    return f"{median} ({low}-{high})" if median != "-" else median
+def published_lines(table: pd.DataFrame) -> list[str]:
+    """A line for each calibration and quantity of against_published."""
+    return [
+        f"{name} against published, {WORDS[str(quantity)]}: {'; '.join(map(_said, rows.to_dict('records')))}"
+        for (name, quantity), rows in table.groupby(["calibration", "quantity"], sort=False)
+    ]
 
 
-def _number(value: float, form: str) -> str:
+def _said(row: Mapping[Any, Any]) -> str:
+    beside = f" ({row['source']}: {row['published']:.4g}, {row['off']:+.0%})" if row["published"] > 0 else " (not published)"
+    return f"{row['at']} {row['predicted']:.4g}{beside}"
+
+
+def number(value: float, form: str) -> str:
+    """A number as people are shown it."""
     return "-" if pd.isna(value) else format(value, form)
 
 
+def spread(row: Mapping[Any, Any], name: str, form: str, factor: float = 1.0, ends: Sequence[str] = ("_min", "_max")) -> str:
+    """A value and its range, or its interval: `12.1 (11.9-12.6)`; the value alone if there is none."""
+    value, low, high = (factor * row[f"{name}{end}"] for end in ("", *ends))
+    return number(value, form) if pd.isna(low) or low == high else f"{value:{form}} ({low:{form}}-{high:{form}})"
+
+
 def show_prefill(run: Run, table: pd.DataFrame) -> None:
-    """Print the table of Figure 9a with its testbed and scale."""
+    """Print the table of Figure 9a, a part for each model."""
     for model, rows in table.groupby("model", sort=False):
         in_paper = rows["in_paper"].iloc[0]
-        columns = ("prompt", "chunk size", "prefill ms", "relative", "published")
-        view = _begin(run, model, columns, "" if in_paper else ", a panel the paper does not have")
+        console.print(f"\n{model}{'' if in_paper else ', a panel the paper does not have'}")
+        view = terminal.table("prompt", "chunk size", "prefill ms", "relative", "published")
         for row in rows.to_dict("records"):
             published = "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}"
-            cells = (_range(row, "seconds", 1, 1e3), _range(row, "relative", 2), published)
-            view.add_row(str(row["prompt_length"]), row["chunk_size"], *cells, end_section=row["chunk_size"] == "unchunked")
+            times = (spread(row, "seconds", ".1f", 1e3), spread(row, "relative", ".2f"), published)
+            view.add_row(str(row["prompt_length"]), row["chunk_size"], *times, end_section=row["chunk_size"] == "unchunked")
         console.print(view, soft_wrap=False)
         if run.plan["scale"] == 1 and in_paper:
-            console.print(published_errors(rows))
-    _show_published(run)
-    console.print("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
+            paragraph(published_errors(rows))
+    paragraph("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
 
 
-def _show_published(run: Run) -> None:
-    """What else is published, and what a simulated run's calibrations make of it."""
-    for line in published_lines(against_published(run)):
-        console.print(line)
+def show_serving(run: Run, table: pd.DataFrame) -> None:
+    """Print the table of Figure 9b, a part for each model; the CSV holds every metric."""
+    second = "load" if "load" in table else "run at"
+    for model, of_model in table.groupby("model", sort=False):
+        factor, unit = time_unit([0.0, *of_model["ttft_p50"].dropna()])
+        ttft, tbt = ".0f" if unit == "ms" else ".2f", ".1f" if of_model["tbt_p99"].max() < 0.1 else ".0f"
+        console.print(f"\n{model}")
+        view = terminal.table("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
+        for qps, rows in of_model.groupby("qps", sort=False):
+            for row in rows.to_dict("records"):
+                at = (
+                    f"{qps:g}",
+                    f"{row.get('load', row['rate']):.2f}",
+                    f"{row['chunk_size']}{'*' if row['truncated'] else ''}",
+                )
+                delay = number(factor * row["scheduling_delay_p50"], ttft)
+                times = (spread(row, "ttft_p50", ttft, factor), spread(row, "tbt_p99", tbt, 1e3), delay)
+                view.add_row(*at, *times, number(row["utilisation"], ".0%"))
+            view.add_section()
+        console.print(view, soft_wrap=False)
+    what = "load: QPS over what that chunk size could serve" if "load" in table else "run at: requests per second here"
+    paragraph(f"QPS, chunk: the paper's; {what}; delay: median scheduling delay")
 
 
-def serving_table(run: Run) -> pd.DataFrame:
-    """One row per point of Figure 9b: median, minimum and maximum over replicates of every metric; seconds, tokens.
-
-    `truncated`: how many of the replicates a time limit cut short. They are in no median: those whom it left unserved waited
-    longest. NaN where none is whole.
-    `load` of a simulated run: its rate over the saturation throughput of that chunk size.
-    """
-    trials = serving_trials(run)
-    trials = trials[~trials["repeat"]]
-    keys = ["model", "qps", "chunk_size"]
-    others = {*keys, "in_paper", "seed", "trial", "repeat", "budget", "truncated"}
-    metrics = [name for name in trials.columns if name not in others]
-    whole = trials.mask(trials["truncated"], trials.assign(**dict.fromkeys(set(metrics) - {"rate"}, float("nan"))))
-    table = _over_replicates(whole, keys, metrics)
-    cut = trials.groupby(keys, sort=False)["truncated"].sum().reset_index()
-    table = by_chunk_size(table.merge(cut, on=keys, how="left"), "model", "qps")
-    if saturation := run.plan.get("saturation"):
-        most = [saturation[model][size] for model, size in zip(table["model"], table["chunk_size"], strict=True)]
-        table.insert(len(keys), "load", table["rate"] / most)
-    return table
+TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
 
 
 def cut_short(run: Run) -> list[str]:
@@ -133,35 +199,9 @@ def cut_short(run: Run) -> list[str]:
         roles = {n: role for n, role in enumerate(trial.facts["phases"]) if role["role"] not in ("warm-up", "probe")}
         requests = trial.record.requests
         done = int((requests["phase"].isin(roles) & (requests["last_step"] >= 0)).sum())
-        asked = sum(role.get("requests", 1) for role in roles.values())
-        told.append(
-            f"cut short by its time limit: {trial.facts['session']} {trial.facts['trial']}, {done} of {asked} requests served"
-        )
+        served = f"{done} of {sum(role.get('requests', 1) for role in roles.values())} requests served"
+        told.append(f"cut short by its time limit: {trial.facts['session']} {trial.facts['trial']}, {served}")
     return told
-
-
-def show_serving(run: Run, table: pd.DataFrame) -> None:
-    """Print the table of Figure 9b with its testbed, scale and trace; the CSV holds every metric."""
-    for model, of_model in table.groupby("model", sort=False):
-        factor, unit = time_unit([0.0, *of_model["ttft_p50"].dropna()])
-        digits, fine = 0 if unit == "ms" else 2, int(of_model["tbt_p99"].max() < 0.1)
-        second = "load" if "load" in table else "run at"
-        view = _begin(run, model, ("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy"))
-        for qps, rows in of_model.groupby("qps", sort=False):
-            for row in rows.to_dict("records"):
-                delay = _number(factor * row["scheduling_delay_p50"], f".{digits}f")
-                times = (_range(row, "ttft_p50", digits, factor), _range(row, "tbt_p99", fine, 1e3), delay)
-                size = f"{row['chunk_size']}{'*' if row['truncated'] else ''}"
-                load, busy = f"{row.get('load', row['rate']):.2f}", _number(row["utilisation"], ".0%")
-                view.add_row(f"{qps:g}", load, size, *times, busy)
-            view.add_section()
-        console.print(view, soft_wrap=False)
-    _show_published(run)
-    what = "load: QPS over what that chunk size could serve" if "load" in table else "run at: requests per second here"
-    console.print(f"QPS, chunk: the paper's; {what}; delay: median scheduling delay")
-
-
-TABLES = {"prefill": (prefill_table, show_prefill), "serving": (serving_table, show_serving)}
 
 
 def _bags(runs: Path, figure: str, testbed: str, named: Path | None) -> list[Path]:
@@ -188,13 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = make_table(run)
     target = options.report / f"{run.figure}-{run.testbed}.csv"
     write_whole(target, table.to_csv(index=False))
+    console.print()
+    paragraph(f"{run.title}; median and range of {run.replicates} replicate{'s'[: run.replicates != 1]}")
     show(run, table)
+    for line in published_lines(against_published(run)):
+        paragraph(line)
     for told in cut_short(run):
-        console.print(f"* {told}; in no median of Figure 9b" if run.kind == "serving" else told)
+        paragraph(f"* {told}; in no median of Figure 9b" if run.kind == "serving" else told)
     console.print(f"as CSV: {target}")
-    result(
-        figure=run.figure, testbed=run.testbed, title=run.title, csv=target, points=json.loads(table.to_json(orient="records"))
-    )
+    points = json.loads(table.to_json(orient="records"))
+    result(figure=run.figure, testbed=run.testbed, title=run.title, csv=target, points=points)
     return 0
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from analysis.judge.load import Run, by_chunk_size, serving_trials
+from analysis.judge.load import Run, by_chunk_size, measurements
 from analysis.judge.trial import TrialRecord
 from analysis.show import plots, plots_schedule, plots_serving
-from analysis.show.published import WORDS, against_published, published_lines
-from analysis.show.summary import cut_short, prefill_table, serving_table
-from experiments.records.metrics import NAMES, of_phase, point_phase
+from analysis.show.summary import WORDS, against_published, cut_short, number, prefill_table, published_lines, spread
+from experiments.records.metrics import of_phase, point_phase
 
 CSS_PIXELS = 130  # per inch of figure: its 7.5 pt letters become the size of the page's small print
+INTERVAL = ("_low", "_high")
+
+
+def data_uri(svg: Path) -> str:
+    """A picture as a part of the page itself."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text as it is shown; the first two columns name the row."""
+    """Rows of column -> text, as it is shown; the first two columns name the row."""
 
     caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class View:
-    """The pictures of a run, those that explain it, and the tables behind them."""
+    """The pictures of a run, the tables behind them, and the pictures that explain it."""
 
     pictures: tuple[Picture, ...]
     tables: tuple[Table, ...]
@@ -54,65 +59,66 @@ def _picture(run: Run, path: Path, kind: str, figure: plots.Figure, said: str, n
     formats = ("png", "svg") if kind in (*VIEWS, "tradeoff") else ("svg",)
     *_, svg = plots.save(figure, path.with_name(path.name + name), formats)
     width, height = figure.get_size_inches() * CSS_PIXELS
-    image = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
-    return Picture(kind, image, round(width), round(height), f"{run.title}. {said}", note)
+    return Picture(kind, data_uri(svg), round(width), round(height), f"{run.title}. {said}", note)
 
 
-def _number(value: float, digits: int) -> str:
-    return "-" if pd.isna(value) else f"{value:,.{digits}f}"
+def _tables(run: Run, table: pd.DataFrame, row: Callable[[Mapping[Any, Any]], dict[str, str]]) -> tuple[Table, ...]:
+    """A table for each model, and what else is published beside what a simulated run's calibrations make of it."""
+    found = []
+    for model, rows in table.groupby("model", sort=False):
+        count = int(rows["replicates"].min())
+        title = f"{'simulated: ' if run.simulated else ''}{model}, {count} replicate{'s'[: count != 1]}"
+        found.append(Table(title, [row(each) for each in rows.to_dict("records")]))
+    for name, rows in against_published(run).groupby("calibration"):
+        title = f"simulated by calibration {name} against published"
+        found.append(Table(title, [_published_row(each) for each in rows.to_dict("records")]))
+    return tuple(found)
 
 
-def _interval(low: float, high: float, digits: int) -> str:
-    return "-" if pd.isna(low) else f"{low:,.{digits}f} to {high:,.{digits}f}"
-
-
-def _titled(run: Run, model: str, rows: pd.DataFrame) -> str:
-    count = int(rows["replicates"].min())
-    return f"{'simulated: ' if run.simulated else ''}{model}, {count} replicate{'s'[: count != 1]}"
+def _published_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    return {
+        "published in": row["source"],
+        "quantity": WORDS[row["quantity"]],
+        "of": row["at"],
+        "simulated": number(row["predicted"], ".4g"),
+        "published": number(row["published"], ".4g"),
+        "simulated is off by": number(row["off"], "+.0%"),
+    }
 
 
 def prefill_view(run: Run, path: Path) -> View:
     """Draw Figure 9a to PATH.png and PATH.svg."""
-    keys = ["model", "prompt_length", "chunk_size"]
-    means = plots.relative_intervals(run)[[*keys, "relative", "low", "high"]].rename(columns={"relative": "mean"})
-    table = prefill_table(run).merge(means, on=keys, how="left")
+    table = prefill_table(run)
     note = "Grey ground: the published values, one run without variance." if table["in_paper"].any() else ""
-    panels = [(str(model), rows) for model, rows in table.groupby("model", sort=False)]
-    words = " ".join(_prefill_words(model, rows) for model, rows in panels)
+    words = " ".join(_prefill_words(str(model), rows) for model, rows in table.groupby("model", sort=False))
     said = f"Bars of relative prefill time by prompt length. {words}"
     picture = _picture(run, path, "prefill", plots.prefill_figure(run), said, note=note)
-    tables = tuple(_prefill_table(_titled(run, model, rows), rows) for model, rows in panels)
-    return View((picture,), (*tables, *_published_tables(run)))
+    return View((picture,), _tables(run, table, _prefill_row))
 
 
 def _prefill_words(model: str, rows: pd.DataFrame) -> str:
     """What the bars of a model say: the range over prompt lengths at each chunk size."""
     said = []
     for size, group in rows[rows["chunk_size"] != "unchunked"].groupby("chunk_size", sort=False):
-        text = f"chunk size {size}: {group['mean'].min():.2f} to {group['mean'].max():.2f}"
-        if group["published_relative"].notna().any():
-            text += f", published {group['published_relative'].min():.2f} to {group['published_relative'].max():.2f}"
-        said.append(text)
+        mean, published = group["relative_mean"], group["published_relative"]
+        beside = f", published {published.min():.2f} to {published.max():.2f}" if published.notna().any() else ""
+        said.append(f"chunk size {size}: {mean.min():.2f} to {mean.max():.2f}{beside}")
     return f"{model}: {'; '.join(said)}."
 
 
-def _prefill_table(title: str, rows: pd.DataFrame) -> Table:
-    columns = ("prompt length", "chunk size", "prefill ms, median", "range", "relative, mean", "95 % interval", "published")
-    cells = []
-    for row in rows.to_dict("records"):
-        times = (_number(1e3 * row["seconds"], 1), _interval(1e3 * row["seconds_min"], 1e3 * row["seconds_max"], 1))
-        # Unchunked relative to itself: nothing to estimate.
-        interval = "-" if row["chunk_size"] == "unchunked" else _interval(row["low"], row["high"], 3)
-        relative = (_number(row["mean"], 3), interval, _number(row["published_relative"], 3))
-        cells.append((f"{row['prompt_length']:,}", row["chunk_size"], *times, *relative))
-    return Table(title, columns, tuple(cells))
+def _prefill_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    return {
+        "prompt length": f"{row['prompt_length']:,}",
+        "chunk size": row["chunk_size"],
+        "prefill ms, median (range)": spread(row, "seconds", ",.1f", 1e3),
+        "relative, mean (95 % interval)": spread(row, "relative_mean", ".3f", ends=INTERVAL),
+        "published": number(row["published_relative"], ".3f"),
+    }
 
 
 def serving_view(run: Run, path: Path) -> View:
     """Draw Figure 9b to PATH.png and PATH.svg, with PATH-tradeoff; what explains it as SVG: PATH-tbt-..., PATH-trial-..."""
-    keys = ["model", "qps", "chunk_size"]
-    medians = ["scheduling_delay_p50", "normalized_latency_p50", "output_tokens_per_s", "utilisation"]
-    table = plots_serving.serving_intervals(run).merge(serving_table(run)[[*keys, *medians]], on=keys, how="left")
+    table = plots_serving.finished(run)
     words = " ".join(_serving_words(rows) for _, rows in table.groupby(["model", "qps"], sort=False))
     said = "P50 TTFT over P99 TBT, the numbers of the figure before."
     left_out = "".join(f"Left out, as {told}. " for told in cut_short(run)).strip()
@@ -120,68 +126,51 @@ def serving_view(run: Run, path: Path) -> View:
         _picture(run, path, "serving", plots_serving.serving_figure(run), f"Bars by chunk size. {words}", note=left_out),
         _picture(run, path, "tradeoff", plots_serving.tradeoff_figure(run), said, "-tradeoff"),
     ]
-    panels = [(str(model), rows) for model, rows in table.groupby("model", sort=False)]
-    tables = tuple(_serving_table(_titled(run, model, rows), rows) for model, rows in panels)
-    explanations = tuple(picture for model, rows in panels for picture in _explanations(run, path, model, rows))
     if len(published := against_published(run)):
         said = " ".join(published_lines(published))
         pictures.append(_picture(run, path, "published", plots_serving.published_figure(run, published), said, "-published"))
-    return View(tuple(pictures), (*tables, *_published_tables(run)), explanations)
-
-
-def _published_tables(run: Run) -> tuple[Table, ...]:
-    """What else is published, beside what a simulated run's calibrations make of it."""
-    columns = ("published in", "quantity", "of", "simulated", "published", "simulated is off by")
-    tables = []
-    for name, rows in against_published(run).groupby("calibration"):
-        cells = (
-            (row["source"], WORDS[row["quantity"]], row["at"], f"{row['predicted']:.4g}",
-             "-" if pd.isna(row["off"]) else f"{row['published']:.4g}", "-" if pd.isna(row["off"]) else f"{row['off']:+.0%}")
-            for row in rows.to_dict("records")
-        )  # fmt: skip
-        tables.append(Table(f"simulated by calibration {name} against published", columns, tuple(cells)))
-    return tuple(tables)
+    return View(tuple(pictures), _tables(run, table, _serving_row), tuple(_explanations(run, path, table)))
 
 
 def _serving_words(rows: pd.DataFrame) -> str:
     """What the bars of one model and QPS say."""
     said = (
-        f"chunk size {row['chunk_size']}: P50 TTFT {1e3 * row['ttft_p50']:.3g} ms, P99 TBT {1e3 * row['tbt_p99']:.3g} ms"
+        f"chunk size {row['chunk_size']}: "
+        + ", ".join(f"{words} {1e3 * row[name]:.3g} ms" for name, words in plots_serving.MEANS.items())
         for row in rows.to_dict("records")
     )
     return f"{rows['model'].iloc[0]}, {plots_serving.load_of(rows)}: {'; '.join(said)}."
 
 
-def _serving_table(title: str, rows: pd.DataFrame) -> Table:
-    judged = ("P50 TTFT ms, mean", "95 % interval", "P99 TBT ms, mean", "95 % interval")
-    others = ("scheduling delay ms, P50", "ms per token, P50", "output tokens/s", "busy")
-    cells = []
-    for row in rows.to_dict("records"):
-        own = [f"{row['qps']:g}", row["chunk_size"], _number(row["rate"], 2)]
-        for metric in NAMES:
-            own.append(_number(1e3 * row[metric], 1))
-            own.append(_interval(1e3 * row[f"{metric}_low"], 1e3 * row[f"{metric}_high"], 1))
-        own += [_number(1e3 * row[metric], 1) for metric in ("scheduling_delay_p50", "normalized_latency_p50")]
-        cells.append((*own, _number(row["output_tokens_per_s"], 0), f"{row['utilisation']:.0%}"))
-    return Table(title, ("QPS", "chunk size", "requests/s run", *judged, *others), tuple(cells))
+def _serving_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    means = plots_serving.MEANS.items()
+    return {
+        "QPS": f"{row['qps']:g}",
+        "chunk size": row["chunk_size"],
+        "requests/s run": number(row["rate"], ".2f"),
+        **{f"{words} ms, mean (95 % interval)": spread(row, name, ",.1f", 1e3, INTERVAL) for name, words in means},
+        "scheduling delay ms, P50": number(1e3 * row["scheduling_delay_p50"], ",.1f"),
+        "ms per token, P50": number(1e3 * row["normalized_latency_p50"], ",.1f"),
+        "output tokens/s": number(row["output_tokens_per_s"], ",.0f"),
+        "busy": number(row["utilisation"], ".0%"),
+    }
 
 
-def _explanations(run: Run, path: Path, model: str, rows: pd.DataFrame) -> list[Picture]:
-    """TBT distributions at every QPS; at the highest, the first seed's trials with the smallest and the largest chunk size."""
-    drawn = []
-    for qps, group in rows.groupby("qps"):
-        figure = plots_serving.tbt_figure(run, model, float(str(qps)))
-        said = f"Distribution of the gaps between tokens. {_serving_words(group)}"
-        drawn.append(_picture(run, path, "tbt", figure, said, f"-tbt-{model}-qps{qps:g}"))
-    for trial in _explained_trials(run, model):
-        name = f"-trial-{trial.facts['session']}-{trial.facts['trial']}"
-        drawn.append(_picture(run, path, "trial", plots_serving.trial_figure(run, trial), _trial_words(trial), name))
-    return drawn
+def _explanations(run: Run, path: Path, table: pd.DataFrame) -> Iterable[Picture]:
+    """Of each model TBT distributions at every QPS; at the highest, the first seed's trials with the smallest and the largest
+    chunk size."""
+    for model, rows in table.groupby("model", sort=False):
+        for qps, group in rows.groupby("qps"):
+            figure = plots_serving.tbt_figure(run, str(model), float(str(qps)))
+            said = f"Distribution of the gaps between tokens. {_serving_words(group)}"
+            yield _picture(run, path, "tbt", figure, said, f"-tbt-{model}-qps{qps:g}")
+        for trial in _explained_trials(run, str(model)):
+            name = f"-trial-{trial.facts['session']}-{trial.facts['trial']}"
+            yield _picture(run, path, "trial", plots_serving.trial_figure(run, trial), _trial_words(trial), name)
 
 
 def _explained_trials(run: Run, model: str) -> list[TrialRecord]:
-    """The first seed's trials of a model at its highest QPS, with the smallest and the largest chunk size."""
-    points = serving_trials(run)
+    points = measurements(run)
     points = points[(points["model"] == model) & ~points["repeat"]]
     points = points[points["seed"] == points["seed"].min()]
     names = by_chunk_size(points[points["qps"] == points["qps"].max()])["trial"].iloc[[0, -1]]

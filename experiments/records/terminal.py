@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,13 @@ def result(**facts: object) -> None:
 def table(*names: str) -> Table:
     """A table of numbers with these columns, to be filled and printed."""
     return Table(*(Column(name, justify="right") for name in names), box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def paragraph(text: str, indent: str = "") -> None:
+    """Print by words, in lines of at most 80 columns; a word that is longer, such as a path, stays whole."""
+    width = min(80, console.width) - len(indent)
+    wrapped = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    console.print(textwrap.indent("\n".join(wrapped), indent))
 
 
 def took() -> str:

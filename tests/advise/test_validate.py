@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 
 from analysis.advise import validate
 from analysis.judge.load import Run, TrialRecord
-from analysis.show.plots_validate import PANELS, validation_figure
+from analysis.show.plots_advice import PANELS, validation_figure
 from experiments.engine.session import run_session
 from experiments.simulator import estimate
 from experiments.simulator.calibration import Calibration, Jitter, at_speed

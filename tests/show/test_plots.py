@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 
 from analysis.judge.load import Run, TrialRecord, published_prefill
 from analysis.show import plots
+from analysis.show.summary import prefill_table
 
 
 def overhead(tokens: int, budget: int) -> float:
@@ -40,18 +41,19 @@ def bars(figure: Figure) -> list[Patch]:
 
 
 def test_intervals_are_those_of_the_log_ratios(cpu_run: Run) -> None:
-    table = plots.relative_intervals(cpu_run)
+    table = prefill_table(cpu_run)
     assert len(table) == 2 * 4 * 4
     assert set(table["replicates"]) == {5}
     chunked = table[table["chunk_size"] != "unchunked"]
-    assert ((chunked["low"] < chunked["relative"]) & (chunked["relative"] < chunked["high"])).all()
-    np.testing.assert_allclose(chunked["low"] * chunked["high"], chunked["relative"] ** 2)  # symmetric on the log scale
-    assert (table[table["chunk_size"] == "unchunked"]["relative"] == 1).all()
+    mean, low, high = (chunked[f"relative_mean{end}"] for end in ("", "_low", "_high"))
+    assert ((low < mean) & (mean < high)).all()
+    np.testing.assert_allclose(low * high, mean**2)  # symmetric on the log scale
+    assert (table[table["chunk_size"] == "unchunked"]["relative_mean"] == 1).all()
 
 
 def test_one_replicate_has_no_interval_and_says_so() -> None:
     run = synthetic_run(overhead, replicates=1)
-    assert plots.relative_intervals(run)[["low", "high"]].isna().all(axis=None)
+    assert prefill_table(run)[["relative_mean_low", "relative_mean_high"]].isna().all(axis=None)
     assert "1 replicate, no interval" in words(plots.prefill_figure(run))
 
 
@@ -143,7 +145,7 @@ def test_what_did_not_finish_is_left_out() -> None:
     lost = tuple(trial for trial in run.trials if trial.facts["seed"] == 42)
     for trial in lost:
         trial.record.requests["last_step"] = -1
-    assert set(plots.relative_intervals(run)["replicates"]) == {2}
+    assert set(prefill_table(run)["replicates"]) == {2}
     nothing = dataclasses.replace(run, trials=lost)
-    assert plots.relative_intervals(nothing).empty
+    assert prefill_table(nothing)["relative_mean"].isna().all()
     assert "0 replicates, no interval" in words(plots.prefill_figure(nothing))

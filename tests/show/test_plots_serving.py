@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fakes import serving_run
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, StepPatch
 
-from analysis.judge.load import Run, serving_trials
+from analysis.judge.load import Run, TrialRecord, measurements
 from analysis.show import plots, plots_serving
-from experiments.records.metrics import NAMES
+from experiments.records.metrics import of_phase, point_phase, tbt
+from experiments.records.store import StoredRecord
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +38,24 @@ def panels(figure: Figure) -> dict[str, list[Rectangle]]:
 
 
 def test_intervals_are_those_of_the_logs_over_seeds(run: Run) -> None:
-    table = plots_serving.serving_intervals(run)
+    table = plots_serving.finished(run)
     assert len(table) == 2 * 2 * 3
     assert set(table["replicates"]) == {3}
     point = table[(table["model"] == "yi-34b") & (table["qps"] == 0.55) & (table["chunk_size"] == "1024")].iloc[0]
-    trials = serving_trials(run)
+    trials = measurements(run)
     same = (trials["model"] == "yi-34b") & (trials["qps"] == 0.55) & (trials["chunk_size"] == "1024") & ~trials["repeat"]
     logs = np.log(trials[same]["ttft_p50"])
-    assert point["ttft_p50"] == pytest.approx(math.exp(logs.mean()))
+    assert point["ttft_p50_mean"] == pytest.approx(math.exp(logs.mean()))
     half = 4.302653 * logs.std() / math.sqrt(3)  # t of 0.975 at two degrees of freedom, from a table
-    assert point["ttft_p50_low"] == pytest.approx(math.exp(logs.mean() - half), rel=1e-6)
-    assert point["ttft_p50_high"] == pytest.approx(math.exp(logs.mean() + half), rel=1e-6)
+    assert point["ttft_p50_mean_low"] == pytest.approx(math.exp(logs.mean() - half), rel=1e-6)
+    assert point["ttft_p50_mean_high"] == pytest.approx(math.exp(logs.mean() + half), rel=1e-6)
     assert table[table["qps"] == 3]["chunk_size"].tolist() == ["256", "512", "1024"]
 
 
 def test_a_panel_for_each_model_and_qps_with_the_rate_that_was_run(run: Run) -> None:
     figure = plots_serving.serving_figure(run)
     assert figure.get_suptitle() == "fig9b on testbed cpu (synthetic; scale 1:8; trace synthetic-sharegpt)"
-    rates = {(row["model"], row["qps"]): row["rate"] for row in plots_serving.serving_intervals(run).to_dict("records")}
+    rates = {(row["model"], row["qps"]): row["rate"] for row in plots_serving.finished(run).to_dict("records")}
     assert list(panels(figure)) == [
         f"{model}, QPS {qps:g} ({rate:.2f} requests/s) cpu, lengths ÷ 8; 3 replicates, 95 % intervals"
         for (model, qps), rate in rates.items()
@@ -60,9 +63,11 @@ def test_a_panel_for_each_model_and_qps_with_the_rate_that_was_run(run: Run) -> 
     for panel in figure.subfigs:
         assert [axes.get_ylabel() for axes in panel.axes] == ["P50 TTFT (ms)", "P99 TBT (ms)"]
         assert all(axes.get_ylim()[0] == 0 for axes in panel.axes)
-    wanted = plots_serving.serving_intervals(run)
+    wanted = plots_serving.finished(run)
     heights = [bar.get_height() for bars in panels(figure).values() for bar in bars]
-    expected = [1e3 * value for _, rows in wanted.groupby(["model", "qps"]) for name in NAMES for value in rows[name]]
+    expected = [
+        1e3 * value for _, rows in wanted.groupby(["model", "qps"]) for name in plots_serving.MEANS for value in rows[name]
+    ]
     assert heights == pytest.approx(expected)
 
 
@@ -101,14 +106,20 @@ def test_the_tradeoff_has_a_curve_per_qps_and_names_its_points(run: Run) -> None
         assert len(axes.containers) == 6  # a point with its error bars for each chunk size and QPS
 
 
-def test_the_exceedance_of_four_values() -> None:
-    values, share = plots_serving.exceedance(np.array([3.0, 1.0, 4.0, 2.0]))
-    assert dict(zip(values, share, strict=True)) == {1.0: 0.75, 2.0: 0.5, 3.0: 0.25}
-    assert plots_serving.exceedance(np.array([1.0]))[0].size == 0
-    values, share = plots_serving.exceedance(np.arange(100_000.0))
-    assert len(values) <= plots_serving.CURVE_POINTS
-    np.testing.assert_allclose(share, 1 - (values + 1) / 100_000)
-    assert (values[0], values[-1]) == (0, 99_998)
+def test_the_tbt_figure_takes_the_memory_of_one_trial_however_many_there_are(run: Run, tmp_path: Path) -> None:
+    trial, peaks = next(trial for trial in run.trials if trial.facts["trial"] == "qps3-chunk256"), []
+    tokens = pd.concat([trial.record.tokens] * 200, ignore_index=True)
+    tokens.to_parquet(tmp_path / "tokens.parquet", index=False)
+    trial.record.requests.to_csv(tmp_path / "requests.csv", index=False)
+    trial.record.steps.to_parquet(tmp_path / "steps.parquet", index=False)
+    stored = TrialRecord(tmp_path, trial.facts, StoredRecord(tmp_path, False))
+    for count in (2, 30):
+        many = dataclasses.replace(run, trials=(trial, *[stored] * count))
+        tracemalloc.start()
+        plots_serving.tbt_figure(many, "mistral-7b", 3.0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_the_tbt_figure_pools_the_seeds_and_ends_at_its_p99(run: Run) -> None:
@@ -117,13 +128,13 @@ def test_the_tbt_figure_pools_the_seeds_and_ends_at_its_p99(run: Run) -> None:
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["chunk size 256", "chunk size 512", "chunk size 1024"]
     curves = {str(line.get_label()): line for line in axes.lines}
-    medians = (
-        serving_trials(run).query("model == 'mistral-7b' and qps == 3 and not repeat").groupby("chunk_size")["tbt_p99"].median()
-    )
-    for size in ("256", "512", "1024"):
+    for size in (256, 512, 1024):
         x, y = (np.asarray(data) for data in curves[f"chunk size {size}"].get_data())
+        trials = [t for t in run.trials if t.facts["trial"] == f"qps3-chunk{size}" and t.facts["model"] == "mistral-7b"]
+        gaps = np.concatenate([tbt(of_phase(t.record, point_phase(t.facts["phases"]))) for t in trials])
         assert (np.diff(y) < 0).all()
-        assert np.interp(0.01, y[::-1], x[::-1]) == pytest.approx(1e3 * medians[size], rel=0.1)
+        assert y == pytest.approx([(1e3 * gaps >= edge).mean() for edge in x])
+        assert np.interp(0.01, y[::-1], x[::-1]) == pytest.approx(1e3 * np.percentile(gaps, 99), rel=0.05)
 
 
 def areas(patch: StepPatch) -> float:
@@ -157,7 +168,7 @@ def test_of_a_long_trial_the_middle_is_drawn_and_named(run: Run, monkeypatch: py
 
 def test_one_replicate_has_no_interval_and_says_so() -> None:
     lone = serving_run(replicates=1)
-    assert plots_serving.serving_intervals(lone)[["ttft_p50_low", "tbt_p99_high"]].isna().all(axis=None)
+    assert plots_serving.finished(lone)[["ttft_p50_mean_low", "tbt_p99_mean_high"]].isna().all(axis=None)
     assert all("1 replicate, no interval" in title for title in panels(plots_serving.serving_figure(lone)))
     assert len(plots_serving.tradeoff_figure(lone).axes) == 2
 
@@ -168,7 +179,7 @@ def test_where_nothing_finished_there_is_nothing_to_draw(run: Run) -> None:
         requests = trial.record.requests.assign(last_step=-1)
         silent.append(dataclasses.replace(trial, record=dataclasses.replace(trial.record, requests=requests)))
     nothing = dataclasses.replace(run, trials=tuple(silent))
-    assert plots_serving.serving_intervals(nothing).empty
+    assert plots_serving.finished(nothing).empty
     assert panels(plots_serving.serving_figure(nothing)) == {"": []}
     plots_serving.tradeoff_figure(nothing)
 

@@ -152,7 +152,9 @@ def test_what_a_reviewer_looks_for(runs: Path, tmp_path: Path) -> None:
         assert said in page.text
     assert sha256(bag_of(runs, "fig9a") / "tagmanifest-sha256.txt") in page.text
     assert "Finished but not judged by the last make verify: smoke-cpu." in page.text
-    assert page.text.index("Verdicts") < page.text.index("Figures") < page.text.index("Runs and provenance")
+    questions = ("Does Figure 9 hold?", "Does it still hold on today's engine and GPUs?", "Which chunk size should I take?")
+    places = [page.text.rindex(said) for said in (*questions, "Runs and provenance")]
+    assert places == sorted(places)
 
 
 def test_accessible(runs: Path, tmp_path: Path) -> None:
@@ -215,11 +217,44 @@ def test_a_simulated_run_says_so(tmp_path: Path) -> None:
     bag = seal(tmp_path / "runs", "smoke", "simulated")
     data = verdict([judged(bag, simulated=True)], [claim(simulated=True)])
     page = make(tmp_path / "runs", tmp_path / "report", data)
-    assert page.text.count("SIMULATED") == 3  # at the claim, at the figure, at the run
+    assert page.text.count("SIMULATED") == 4  # above the verdicts, at the claim, at the figure, at the run
     assert str(page.all("img")[0]["alt"]).startswith("SIMULATED ")
     assert "simulated: mistral-7b, 2 replicates" in page.text
     measured = make(tmp_path / "runs", tmp_path / "report", verdict([judged(bag)], [claim()]))
     assert "SIMULATED" not in measured.text
+
+
+def test_todays_engine_stands_beside_the_papers(tmp_path: Path) -> None:
+    bag = seal(tmp_path / "runs", "smoke", "simulated")
+    beds = {"a100-2024-sim": ("PASS", 1.31), "a100-sim": ("INCONCLUSIVE", 1.02)}
+    parts = [judged(bag, name=f"fig9a-{bed}", testbed=bed, simulated=True, unreadable="stands for it") for bed in beds]
+    claims = [
+        claim(run=f"fig9a-{bed}", simulated=True, verdict=said, numbers={"ratio": ratio, "low": 1.0, "high": 1.5})
+        for bed, (said, ratio) in beds.items()
+    ]
+    for bed in beds:
+        (tmp_path / "runs" / f"fig9a-{bed}").symlink_to(bag.parent)
+    text = " ".join(make(tmp_path / "runs", tmp_path / "report", verdict(parts, claims)).text.split())
+    table = text[text.index("today's engine a100-sim") :]
+    assert table.index("the paper's engine a100-2024-sim") < table.index("1.020 (1.000 to 1.500)") < table.index("1.310 (")
+
+
+def test_what_does_not_apply_is_folded_and_what_would_settle_a_claim_is_a_command(runs: Path, tmp_path: Path) -> None:
+    open_claim = claim(verdict="INCONCLUSIVE", numbers={"ratio": 1.1, "replicates_needed": 8}, run="fig9a-cpu")
+    claims = [claim(id="C1", verdict="NOT-APPLICABLE"), open_claim, claim(id="C9", figure="fig9b", verdict="NOT-RUN", run=None)]
+    page = make(runs, tmp_path, verdict([judged(bag_of(runs, "fig9a"))], claims))
+    text = " ".join(page.text.split())
+    assert "make fig9a TESTBED=cpu REPLICATES=8 && make -k verify report" in text
+    assert "make fig9b && make -k verify report" in text
+    assert text.index("C3 Smaller") < text.index("1 not applicable") < text.index("C1 Smaller")
+
+
+def test_the_advice_that_is_there_is_shown(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "recommend-cpu-mistral-7b.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    page = make(runs, tmp_path, verdict([], []))
+    (image,) = page.all("img")
+    assert str(image["src"]).startswith("data:image/svg+xml;base64,")
+    assert "make recommend MODEL=mistral-7b TBT_P99=0.1" in page.text
 
 
 def test_the_serving_view(tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
-"""Capacity against the P99 TBT target, one curve per chunk size."""
+"""The pictures of advice: capacity against the P99 TBT target, and predicted against measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from analysis.show.plots import COLOURS, PANEL_INCHES, entitle, log_ticks, styled
+from analysis.judge.load import chunk_order
+from analysis.show.plots import COLOURS, DASHED, PANEL_INCHES, colour, entitle, log_ticks, styled
 
 # The paper's chunk sizes have their colours of every figure; others are greys with different dashes.
 OTHERS = ("#888888", "#BBBBBB")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+PANELS = {"prefill": "prefill time, 9a (ms)", "P50 TTFT": "P50 TTFT, 9b (ms)", "P99 TBT": "P99 TBT, 9b (ms)"}
+BANDS = ((0.25, "#EEEEEE"), (0.10, "#D8D8D8"))  # the errors that are allowed at worst and at the median
+POINT: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 5}
 
 
 @styled
@@ -63,3 +69,35 @@ def _marks(axes: Axes, rows: pd.DataFrame) -> None:
         axes.plot([x, x], interval, color="black", linewidth=0.9, marker="_", markersize=4, zorder=5)
         axes.plot([x], [row["capacity"]], "ko", markersize=3.5, zorder=5, label="best in simulation, 95 % interval")
         axes.annotate(row["label"], (x, row["high"]), xytext=(5, -2), textcoords="offset points", fontsize=6.5, zorder=6)
+
+
+@styled
+def validation_figure(table: pd.DataFrame, machine: str) -> Figure:
+    """A panel per metric of `table` (analysis.advise.validate.compare): a point on the line was predicted exactly."""
+    sizes = sorted(table["chunk_size"].unique(), key=chunk_order)
+    marks = dict(zip(sorted(table["model"].unique()), "osD^", strict=False))
+    figure = Figure(figsize=(2.4 * len(PANELS), PANEL_INCHES[1] + 1.1), layout="constrained")
+    for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        _predicted(axes, table[table["metric"] == metric], marks)
+        axes.set_xlabel(f"measured {label}")
+    figure.axes[0].set_ylabel("predicted, SIMULATED (ms)")
+    looks = [(mark, "white", model) for model, mark in marks.items()]
+    looks += [("s", colour(size), size if size == "unchunked" else f"chunk size {size}") for size in sizes]
+    handles = [Line2D([], [], marker=mark, color=shade, label=label, **POINT) for mark, shade, label in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.suptitle(f"SIMULATED predictions against measurements: {machine}\nbands: 10 % and 25 %", fontsize=8.5)
+    return figure
+
+
+def _predicted(axes: Axes, rows: pd.DataFrame, marks: dict[str, str]) -> None:
+    """Both axes logarithmic and alike, so that an error is a distance from the diagonal, the same everywhere."""
+    both = 1e3 * rows[["measured", "predicted"]]
+    ends = np.array([both.min().min() / 1.3, both.max().max() * 1.3])
+    for error, shade in BANDS:
+        axes.fill_between(ends, ends * (1 - error), ends * (1 + error), color=shade, linewidth=0)
+    axes.plot(ends, ends, **DASHED)
+    for model, size, x, y in zip(rows["model"], rows["chunk_size"], both["measured"], both["predicted"], strict=True):
+        axes.plot(x, y, marker=marks[model], color=colour(size), **POINT)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+    axes.spines[["top", "right"]].set_visible(True)
+    log_ticks(axes.xaxis, axes.yaxis)
