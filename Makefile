@@ -277,7 +277,7 @@ check-advice: setup ## what make recommend says against an exhaustive search on 
 .PHONY: bench
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
 	@$(PY) tests/bench/bench_sim.py $(WITH_TRACE) $(SAY)
-	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py $(SAY))
+	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py --testbed="$$TESTBED" --out="$$OUT" $(SAY))
 
 # -- developing ----------------------------------------------------------------------------------------------------
 # Engines first, then the rest beside them: a file is never split, what a module sets up is shared.

@@ -4,12 +4,15 @@
 set -euo pipefail
 
 # The user may be any uid, without an entry in /etc/passwd and without a home.
-export USER=artifact HOME=/tmp/home XDG_CACHE_HOME=/tmp/cache
-export TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor TRITON_CACHE_DIR=/tmp/cache/triton
-export VLLM_CACHE_ROOT=/tmp/cache/vllm MPLCONFIGDIR=/tmp/cache/matplotlib
+cache=/tmp/cache # a folder of the host's, if in-image.sh runs this
+mkdir -p "$cache" 2>/dev/null || true
+[[ -w $cache ]] || cache=$(mktemp -d)
+export USER=artifact HOME=/tmp/home XDG_CACHE_HOME=$cache
+export TORCHINDUCTOR_CACHE_DIR=$cache/inductor TRITON_CACHE_DIR=$cache/triton CUDA_CACHE_PATH=$cache/cuda
+export VLLM_CACHE_ROOT=$cache/vllm MPLCONFIGDIR=$cache/matplotlib
 export PYTHONDONTWRITEBYTECODE=1 # the source is mounted read-only
 export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
-mkdir -p "$HOME" "$XDG_CACHE_HOME"
+mkdir -p "$HOME"
 
 measures() { # a run of a figure, the last word, on a testbed that is not simulated
     local before='' word testbed=auto

@@ -5,9 +5,9 @@ set -euo pipefail
 root=$PWD
 read -ra flags <<<"${USER_FLAGS:-} ${GPUS:-} ${SHM:-} ${ULIMITS:-} ${NETWORK:+--network=$NETWORK} ${RUN_FLAGS:-}"
 
-mount() { # folder or file, and "readonly" or nothing; fields are quoted as in a CSV, so that a path may hold anything
+mount() { # folder or file; "readonly" or nothing; where, if not at its own path. Quoted as in a CSV: a path may hold anything
     local source target
-    source=$(realpath -- "$1") target=$(realpath -s -- "$1")
+    source=$(realpath -- "$1") target=${3:-$(realpath -s -- "$1")}
     [[ -z ${mounted[$target]:-} ]] || return 0
     mounted[$target]=1
     mounts+=(--mount "type=bind,\"source=${source//\"/\"\"}\",\"target=${target//\"/\"\"}\"${2:+,$2}")
@@ -23,7 +23,13 @@ for input in "${TRACE:-}" "${BAG:-}" "${TESTBED:-}" "${FIGURE:-}" "${TRIAL:-}"; 
     [[ ! -e $input ]] || mount "$input" readonly
 done
 
-variables=(--env "ARTIFACT_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)")
+image=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || true)
+id=${image#sha256:}
+cache=.image/cache-${id:0:12} # what entrypoint.sh keeps there, code compiled for this image, the next command finds
+mkdir -p -- "$cache"
+mount "$cache" "" /tmp/cache
+
+variables=(--env "ARTIFACT_IMAGE=$image")
 for name in RAY_ADDRESS RAY_AUTH_TOKEN NODE_IP PYTHONPATH; do
     [[ -z ${!name:-} ]] || variables+=(--env "$name") # its value does not show in the process list
 done

@@ -18,6 +18,7 @@ from experiments.cluster.plan import Plan, local_node
 from experiments.engine.engine_process import engines
 from experiments.engine.session import TrialResult, run_session
 from experiments.machine import doctor
+from experiments.machine.gpus import environment_here
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sbom
 from experiments.records.record import Engine
@@ -131,7 +132,7 @@ def _one_by_one(
     failed = {}
     for session in (session for session in sessions if session.name in owed):
         try:
-            with engines([session.engine]) as (run,):
+            with engines([session.engine], environment_here(session.engine)) as (run,):
                 for found in run(_trials, session, owed[session.name], trace):
                     store(found)
         except SpecError as error:

@@ -12,7 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room imports only from rooms before it, and a module of a room only from modules before it.
 FLOORS = {
-    "experiments.records": ["errors", "record", "documents", "tables", "provenance", "terminal", "metrics", "store", "crate"],
+    "experiments.records": [
+        "errors", "cache", "record", "documents", "tables", "provenance", "terminal", "metrics", "store", "crate"
+    ],
     "experiments.spec": ["spec", "expand", "traces", "workload"],
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["calibration", "memory", "compiled", "cost_model", "scheduler", "simulator", "estimate"],

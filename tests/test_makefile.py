@@ -270,6 +270,24 @@ def test_the_image_starts_ray_for_a_measuring_run_only(checkout: Checkout, words
     assert ["python", "-m", "experiments.run", *words] in checkout.calls()
 
 
+def test_what_was_compiled_is_there_for_the_next_command_in_the_same_image(checkout: Checkout) -> None:
+    def cache(image: str) -> str:
+        (checkout.bin / "docker").write_text(STUB.replace("sha256:1234", image))
+        checkout.make("verify", "IN=docker", "TARGET=cpu", "USER_FLAGS=")
+        (call,) = [call for call in checkout.calls() if call[:2] == ["docker", "run"]]
+        (mounted,) = [word for word in call if word.endswith('"target=/tmp/cache"')]
+        return mounted
+
+    one, other = "sha256:" + 64 * "1", "sha256:" + 64 * "2"
+    assert cache(one) == cache(one) != cache(other)
+    assert f"{checkout.folder}/.image/cache-111111111111" in cache(one)
+    command = [checkout.folder / "docker" / "entrypoint.sh", "bash", "-c", "echo $XDG_CACHE_HOME; env"]
+    first, *variables = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    kept = {name for name, _, value in (line.partition("=") for line in variables) if value.startswith(first)}
+    assert first == "/tmp/cache"
+    assert {"VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"} <= kept
+
+
 RUNS = {
     "fig9a-cpu/open-0123abcd/trials/s/t/steps": False,
     "fig9a-cpu/.seal-0123abcd/x": False,

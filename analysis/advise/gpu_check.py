@@ -26,7 +26,7 @@ import yaml
 from analysis.judge import archive, integrity
 from experiments.engine.engine_process import engines
 from experiments.machine.doctor import choose_testbed
-from experiments.machine.gpus import gpu_memory_gib
+from experiments.machine.gpus import environment_here, gpu_memory_gib
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, commit, gpus, machine, sha256
 from experiments.records.record import Phase, Request
@@ -119,7 +119,7 @@ def engine_stage(folder: Path) -> dict[str, Any]:
     beside the KV cache against our estimate."""
     settings, prompts = asked(folder)
     before = _used_mib()
-    with engines([settings]) as (run,):
+    with engines([settings], environment_here(settings)) as (run,):
         facts, now = run(_facts), _used_mib()
         found = {"facts": facts, "load_s": facts["load_s"], "waiting_us": run(_waiting_us)}
         found["switched_ms"] = {str(budget): run(_prompt_ms, budget, tokens) for budget, tokens in prompts}
@@ -137,7 +137,7 @@ def fresh_stage(folder: Path) -> dict[str, Any]:
     settings, prompts = asked(folder)
     times = {}
     for budget, tokens in prompts:
-        with engines([replace(settings, max_budget=budget)]) as (run,):
+        with engines([replace(settings, max_budget=budget)], environment_here(settings)) as (run,):
             times[str(budget)] = run(_prompt_ms, budget, tokens)
     return {"fresh_ms": times}
 

@@ -24,7 +24,9 @@ from experiments.spec.spec import FIGURES, TESTBEDS, load_testbed, path_of
 REFERENCE = ROOT / "artifacts" / "reference"
 AT = {"prefill": ("prompt_length", "prompt_tokens", "budget"), "serving": ("qps", "rate", "budget")}  # where a point lies
 MOST_FACTS = 32 * 2**20  # bytes of trial.json in a run, which stay in memory
-MUST_MATCH = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", "machine.type", "machine.image")
+WAYS = ("engine.cudagraph_mode", "engine.attention_backend", "engine.model_runner")  # not told by older bags
+ENGINE = ("engine.engine", "engine.vllm", "engine.torch", "engine.dtype", "engine.threads", *WAYS)
+MUST_MATCH = (*ENGINE, "machine.type", "machine.image")
 
 
 @dataclass(frozen=True)

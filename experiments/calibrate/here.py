@@ -15,6 +15,7 @@ from experiments.calibrate.fit import fit_records, observed, sizes_of, with_loop
 from experiments.calibrate.published import write
 from experiments.engine.engine_process import engines
 from experiments.machine.doctor import choose_testbed
+from experiments.machine.gpus import environment_here
 from experiments.records.errors import SpecError
 from experiments.records.provenance import machine
 from experiments.records.record import Engine, Phase, Record, Request
@@ -110,7 +111,7 @@ def phases_with(phases: Sequence[Phase], record: Record, sizes: Sequence[int]) -
 def _measured(settings: EngineSettings, decoding: int, name: str) -> Calibration:
     """Run the calibration's steps on a fresh engine and fit them; sizes of whose steps too little is known run again."""
     here = machine()["type"]
-    with engines([settings]) as (run,):
+    with engines([settings], environment_here(settings)) as (run,):
         kv_blocks, block_size = run(_kv_cache)
         phases = calibration_phases(settings, decoding, kv_blocks, block_size)
         record = first = run(_served, phases)

@@ -205,10 +205,10 @@ def options_of(session: Session, place: Place) -> dict[str, Any]:
     """What a session asks of Ray: what it takes of its node, and that node."""
     from experiments.engine.vllm_engine import environment
 
-    variables = environment(session.engine)
-    if session.engine.platform == "cuda":
-        # nvidia-smi counts by PCI bus, CUDA by speed unless told. Ray leaves the variable alone as no GPU is asked of it.
-        variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus.devices(place.takes)}
+    # Ray leaves CUDA_VISIBLE_DEVICES alone as no GPU is asked of it.
+    variables = environment(session.engine) | gpus.environment(place.takes)
+    if share := place.share_of_cores():
+        variables[worker.CORES] = share
     return {
         "name": f"{session.figure}/{session.name}",
         "num_returns": "streaming",

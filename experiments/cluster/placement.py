@@ -30,13 +30,21 @@ class Node:
     def __post_init__(self) -> None:
         self.free = dict(self.total)
 
+    @property
+    def cards(self) -> list[str]:
+        """Its GPUs, always in the same order."""
+        return sorted((name for name in self.total if name.startswith(gpus.GPU)), key=lambda name: (len(name), name))
+
     def wants(self, session: Session) -> list[dict[str, float]]:
         """The sets of resources that the session could run with here, were nothing else running; empty if it cannot.
 
-        On GPUs a GPU or a pair joined by NVLink, a core for each; on CPUs all cores, so that no session disturbs another.
+        On GPUs a GPU or a pair joined by NVLink, and for each GPU its share of the cores, so that an engine that compiles while
+        it loads does not disturb one that measures; on CPUs all cores.
         """
         gpu, memory = session.engine.platform == "cuda", session.memory_gib * GIB
-        cores = float(session.engine.tensor_parallel) if gpu else self.total.get("CPU", 0.0)
+        cores = self.total.get("CPU", 0.0)
+        if gpu:
+            cores = float(session.engine.tensor_parallel * max(1, cores // max(1, len(self.cards))))
         places = gpus.places(session.engine.tensor_parallel, self.total) if gpu else [()]
         sets = [dict.fromkeys(place, 1.0) | {"CPU": cores, "memory": memory} for place in places]
         return [takes for takes in sets if cores and all(self.total.get(name, 0) >= takes[name] for name in takes)]
@@ -48,6 +56,11 @@ class Place:
 
     node: Node
     takes: Mapping[str, float]
+
+    def share_of_cores(self) -> str:
+        """Which parts of the node's cores go with the GPUs taken, see experiments.engine.worker.CORES; "" without a GPU."""
+        own = [str(number) for number, name in enumerate(self.node.cards) if name in self.takes]
+        return f"{','.join(own)}/{len(self.node.cards)}" if own else ""
 
     def give_back(self) -> None:
         """The session has ended."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from experiments.records.cache import own_folder
 from experiments.spec.spec import EngineSettings, load_model
+
+# On GPUs, the same on each: left to itself vLLM takes FlashInfer on B200, which would fetch kernels from the network.
+ATTENTION_BACKEND = "FLASH_ATTN"
 
 
 def serving_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -22,6 +29,8 @@ def serving_arguments(settings: EngineSettings) -> dict[str, Any]:
         "async_scheduling": False,  # its outputs lag a step, so a token's time would be the next step's
         "enforce_eager": settings.platform == "cpu",
     }
+    if settings.platform != "cpu":
+        arguments["attention_backend"] = ATTENTION_BACKEND
     if settings.gpu_memory_utilization:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.max_model_len > load_model(settings.model)["max_position_embeddings"]:
@@ -54,3 +63,15 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
         else:
             words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
+
+
+def model_folder(config: Mapping[str, Any]) -> Path:
+    """A model for vLLM: a folder with this config.json. Its path goes by its content, as the key of vLLM's cache of compiled
+    code goes by the path: under a random name every engine would compile anew."""
+    text = json.dumps(config)
+    name = f"model-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    folder = own_folder(name) or Path(tempfile.mkdtemp(prefix="model-"))
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(folder / "config.json")  # whole at any moment: engines may load side by side
+    return folder

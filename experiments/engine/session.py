@@ -59,13 +59,13 @@ def _requests(session: Session, point: Point | LoadPoint, trace: Trace | None) -
 def warm_up(session: Session) -> list[Phase]:
     """Every chunk size, so that no measured step is the first of its shape.
 
-    Prefill figures: a prompt of two chunks, at most the longest. Serving figures: a full batch of prompts of one chunk each,
-    and a few decodes.
+    Prefill figures: every point once, so with the last piece of its prompt. Serving figures: a full batch of prompts of one
+    chunk each, and a few decodes.
     """
     points = [point for trial in session.trials for point in trial.points]
+    if prompts := sorted({(point.budget, point.prompt_tokens) for point in points if isinstance(point, Point)}):
+        return [Phase(budget, (Request(0.0, tokens, 1),)) for budget, tokens in prompts]
     budgets, batch = sorted({point.budget for point in points}), range(session.engine.max_batch)
-    if longest := max((point.prompt_tokens for point in points if isinstance(point, Point)), default=0):
-        return [Phase(budget, (Request(0.0, min(2 * budget, longest), 1),)) for budget in budgets]
     prompt = min(budgets[0], session.engine.max_model_len - WARM_UP_DECODES)
     return [Phase(budget, tuple(Request(0.0, prompt, WARM_UP_DECODES, seed=n) for n in batch)) for budget in budgets]
 

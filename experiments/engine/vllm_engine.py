@@ -6,20 +6,18 @@ timed and its batch read without a message in between; tensor-parallel workers a
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
-from experiments.engine.arguments import serving_arguments, serving_environment
+from experiments.engine.arguments import ATTENTION_BACKEND, model_folder, serving_arguments, serving_environment
 from experiments.records.record import Phase, Record, Recorder, Request
 from experiments.spec.spec import EngineSettings, load_model
 from experiments.spec.workload import prompt_ids
@@ -33,6 +31,12 @@ def environment(settings: EngineSettings) -> dict[str, str]:
     """Environment variables that must be set before the process imports vLLM."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     variables |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Warming it up needs ninja and nvcc, which few hosts have; greedy requests never use it.
+    variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    # Tensor-parallel workers: a fork of a process full of threads, as Ray's are, may hang.
+    variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    # They are on one node, and in a container without network it has no other interface.
+    variables |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     return variables | serving_environment(settings)
 
 
@@ -44,7 +48,7 @@ def engine_arguments(settings: EngineSettings, model_dir: str) -> dict[str, Any]
         "load_format": "dummy" if dummy else "auto",
         # Left to itself inside a Ray placement group, vLLM picks its ray backend for tensor parallelism.
         "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
-        "worker_extension_cls": f"{__name__}.{StepEnd.__name__}",
+        "worker_extension_cls": f"{__name__}.{InWorker.__name__}",
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
         "seed": 0,
@@ -52,17 +56,35 @@ def engine_arguments(settings: EngineSettings, model_dir: str) -> dict[str, Any]
     }
 
 
-class StepEnd:
-    """Mixed into vLLM's workers: each waits until its GPU has finished what it was given."""
+class InWorker:
+    """Mixed into vLLM's workers."""
+
+    vllm_config: Any
+    model_runner: Any
+    use_v2_model_runner: bool
 
     def wait_for_device(self) -> bool:
-        """True if there was a GPU to wait for."""
+        """Wait until its GPU has finished what it was given; True if there was one."""
         import torch
 
         if not torch.cuda.is_available():
             return False
         torch.cuda.synchronize()  # only on a GPU
         return True  # only on a GPU
+
+    def ways(self) -> dict[str, Any]:
+        """How it computes: which sizes of a step (tokens) run from CUDA graphs, by which attention kernels and model runner.
+
+        Asked where it computes, as each worker settles it for itself, after the engine's configuration is made.
+        """
+        compilation = self.vllm_config.compilation_config
+        backends = {group.backend.get_name() for group in chain(*self.model_runner.attn_groups)}
+        return {
+            "cudagraph_mode": compilation.cudagraph_mode.name,
+            "cudagraph_sizes": sorted(compilation.cudagraph_capture_sizes or ()),
+            "attention_backend": ", ".join(sorted(backends)),
+            "model_runner": "v2" if self.use_v2_model_runner else "v1",
+        }
 
 
 def cuda_devices() -> list[str]:
@@ -102,13 +124,12 @@ class VllmEngine:
 
         config = load_model(settings.model)
         self._settings, self._vocabulary = settings, int(config["vocab_size"])
-        self._model_dir = tempfile.TemporaryDirectory(prefix="model-")
-        (Path(self._model_dir.name) / "config.json").write_text(json.dumps(config))
+        folder = str(model_folder(config))
         started = time.perf_counter()
         if settings.platform == "cpu":
             _register(config["architectures"][0])
         with _numba_out_of_sight():
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, self._model_dir.name)))
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, folder)))
         self._load_s = time.perf_counter() - started
         self._core = self._engine.engine_core.engine_core
         self._scheduler = self._core.scheduler
@@ -116,6 +137,7 @@ class VllmEngine:
         self._scheduler.schedule = self._watched_schedule
         self._batch: Any = None  # what the scheduler decided in the last step
         self._waits = settings.platform == "cuda"  # kernels may run on after step() has returned
+        self._ways: list[dict[str, Any]] = self._engine.collective_rpc("ways")
         self._check()
 
     def _watched_schedule(self, *arguments: Any, **keywords: Any) -> Any:
@@ -148,14 +170,18 @@ class VllmEngine:
             "max_batch": int(scheduling.max_num_seqs),
             "max_budget": int(scheduling.max_num_batched_tokens),
             "load_s": round(self._load_s, 3),
+            **self._ways[0],
         }
 
     def _check(self) -> None:
         """Raises EngineError if vLLM did not take the settings that the measurement rests on."""
         facts, backend = self.facts, "mp" if self._settings.tensor_parallel > 1 else "uni"
-        for name, wanted in {"executor_backend": backend, "prefix_caching": False, "async_scheduling": False}.items():
+        pinned = {"executor_backend": backend, "prefix_caching": False, "async_scheduling": False}
+        for name, wanted in (pinned | ({"attention_backend": ATTENTION_BACKEND} if self._waits else {})).items():
             if facts[name] != wanted:
                 raise EngineError(f"vllm: {name}: got {facts[name]!r} although {wanted!r} was asked for")
+        if any(ways != self._ways[0] for ways in self._ways):
+            raise EngineError(f"vllm: how workers compute: got {self._ways}; allowed: all alike")
         waited = self._engine.collective_rpc("wait_for_device")
         if waited != [self._waits] * self._settings.tensor_parallel:
             raise EngineError(f"vllm: workers that waited for a GPU: got {waited}; allowed: {self._waits} from each")
@@ -249,6 +275,5 @@ class VllmEngine:
         return finished
 
     def close(self) -> None:
-        """Stop tensor-parallel workers and remove the model folder."""
+        """Stop tensor-parallel workers."""
         self._core.shutdown()
-        self._model_dir.cleanup()

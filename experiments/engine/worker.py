@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from experiments.engine.engine_process import lead_group
 from experiments.engine.session import TrialResult, run_trials, start_engine
 from experiments.spec.expand import Session
 from experiments.spec.traces import Trace
 
 LOAD_S, GRACE_S = 900.0, 120.0  # an engine that takes so long to load, or for a trial its time limit and so much, is hung
+CORES = "ENGINE_CORES"  # environment variable: which parts of its node's cores a session has; "0,1/4": the first two quarters
 T = TypeVar("T")
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends, however that ends."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
+def cores_of(share: str, cores: Sequence[int]) -> set[int]:
+    """The cores, in their order, that are these parts of them (see CORES); parts are disjoint, and all together are all."""
+    parts, count = share.split("/")
+    bounds = [len(cores) * part // int(count) for part in range(int(count) + 1)]
+    return {core for part in map(int, parts.split(",")) for core in cores[bounds[part] : bounds[part + 1]]}
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+def _place(core: int) -> tuple[int, ...]:
+    """By which cores are sorted, so that those of a socket lie together, and the threads of a core."""
+    told = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        return int((told / "physical_package_id").read_text()), int((told / "core_id").read_text()), core
+    except (OSError, ValueError):
+        return 0, core, core
 
 
 def work(session: Session, owed: Sequence[str], trace: Trace | None) -> Iterator[TrialResult | None]:
     """Run the owed trials on vLLM. Yields None once the engine is loaded and warm, then each result."""
     from experiments.engine.vllm_engine import VllmEngine  # imported here: the driver needs neither vLLM nor torch
 
-    _die_with_parent()
+    lead_group()
+    if share := os.environ.get(CORES):  # what compiles and tensor-parallel workers inherit it
+        os.sched_setaffinity(0, cores_of(share, sorted(os.sched_getaffinity(0), key=_place)))
 
     def results() -> Iterator[TrialResult | None]:
         engine = start_engine(session, VllmEngine)

@@ -71,6 +71,24 @@ def devices(names: Iterable[str]) -> str:
     return ",".join(name.removeprefix(GPU) for name in names if name.startswith(GPU))
 
 
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Environment variables of a process that took these resources; none without a GPU among them.
+
+    nvidia-smi counts by PCI bus, CUDA by speed unless told.
+    """
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": numbers} if (numbers := devices(names)) else {}
+
+
+def environment_here(settings: EngineSettings) -> dict[str, str]:
+    """The same for an engine that is started here without Ray: it gets what a session would get first. Raises SpecError."""
+    if settings.platform != "cuda":
+        return {}
+    if not (found := places(settings.tensor_parallel, here := resources())):
+        wanted = "a GPU" if settings.tensor_parallel == 1 else "a pair of GPUs joined by NVLink"
+        raise SpecError(f"{settings.model}: got {', '.join(here) or 'no GPU'}; allowed: a machine with {wanted}")
+    return environment(found[0])
+
+
 def gpu_memory_gib(settings: EngineSettings) -> dict[str, float]:
     """GiB per GPU that an engine must have: weights, activations of the largest step, KV of the longest request, a reserve.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,14 +219,16 @@ def _serving_trials(figure: ServingFigure, number: int, testbed: Testbed, satura
 
 
 def _estimate(trials: Sequence[Trial], testbed: Testbed) -> float:
-    """Rough seconds of a session: load + steps + prompt tokens for prefill, arrivals for serving; for plans only."""
+    """Rough seconds of a session: load + steps + prompt tokens for prefill, its first trial twice to warm up; arrivals for
+    serving; for plans only."""
     cost = testbed.estimate
-    seconds = cost.load_s
-    for point in (point for trial in trials for point in trial.points):
+    seconds = [cost.load_s]
+    warm_up = [point for point in trials[0].points if isinstance(point, Point)]
+    for point in (*warm_up, *(point for trial in trials for point in trial.points)):
         if isinstance(point, Point):
-            seconds += -(-point.prompt_tokens // point.budget) * cost.step_s + point.prompt_tokens * cost.token_s
+            seconds.append(-(-point.prompt_tokens // point.budget) * cost.step_s + point.prompt_tokens * cost.token_s)
         elif testbed.platform == "simulated":
-            seconds += point.requests * STEPS_PER_REQUEST * cost.step_s  # to compute, whatever the virtual time
+            seconds.append(point.requests * STEPS_PER_REQUEST * cost.step_s)  # to compute, whatever the virtual time
         else:
-            seconds += testbed.serving.trial_seconds * 1.2 if testbed.serving else point.requests / point.rate * 1.1
-    return seconds
+            seconds.append(testbed.serving.trial_seconds * 1.2 if testbed.serving else point.requests / point.rate * 1.1)
+    return math.fsum(seconds)  # the same in whatever order

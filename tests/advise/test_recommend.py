@@ -238,7 +238,7 @@ def test_the_papers_models_are_pasted_by_their_own_names() -> None:
     assert serve_arguments(case, Setting(768, 64)) == (
         "vllm serve 01-ai/Yi-34B --enable-chunked-prefill --max-num-batched-tokens 768 --max-num-seqs 64 --max-model-len 8192 "
         "--tensor-parallel-size 2 --dtype float16 --no-enable-prefix-caching --no-async-scheduling --no-enforce-eager "
-        "--gpu-memory-utilization 0.85 --hf-overrides '{\"max_position_embeddings\": 8192}'"
+        "--attention-backend FLASH_ATTN --gpu-memory-utilization 0.85 --hf-overrides '{\"max_position_embeddings\": 8192}'"
     )
 
 

@@ -18,12 +18,14 @@ import bench_serve
 
 from experiments.engine.engine_process import engines
 from experiments.engine.vllm_engine import EngineError
+from experiments.machine.doctor import choose_testbed
+from experiments.machine.gpus import environment_here
 from experiments.records.errors import SpecError
 from experiments.records.metrics import prefill_seconds
 from experiments.records.record import Phase, Record, Request
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.spec.expand import expand
-from experiments.spec.spec import EngineSettings, load_figure, load_testbed
+from experiments.spec.spec import EngineSettings, Testbed, load_figure, load_testbed
 from experiments.spec.workload import prompt_ids
 
 ROUNDS = 40
@@ -55,10 +57,9 @@ def serve(engine: Any, *phases: Phase) -> Record:
     return cast(Record, engine.run(phases, 600.0))
 
 
-def loop_ratio(rounds: int = ROUNDS) -> float:
+def loop_ratio(settings: EngineSettings, rounds: int = ROUNDS) -> float:
     """Median over rounds of (engine time in our loop / in a bare loop), the two in turn on one engine."""
-    settings = cpu_settings()
-    with engines([settings]) as (run,):
+    with engines([settings], environment_here(settings)) as (run,):
         budget, tokens = settings.max_budget // 8, settings.max_model_len - 1
         ratios = []
         for number in range(rounds + 2):
@@ -85,28 +86,40 @@ def switching(rounds: int = 12) -> list[tuple[int, float, bool]]:
     return rows
 
 
-def cpu_settings() -> EngineSettings:
-    """The settings of Figure 9a's Mistral-7B panel on the cpu testbed."""
-    sessions = expand(load_figure("fig9a"), load_testbed("cpu"), 1)
+def settings_on(testbed: Testbed) -> EngineSettings:
+    """The settings of Figure 9a's Mistral-7B panel there."""
+    sessions = expand(load_figure("fig9a"), testbed, 1)
     return next(session.engine for session in sessions if session.model == "mistral-7b")
+
+
+def cpu_settings() -> EngineSettings:
+    """The same on the cpu testbed."""
+    return settings_on(load_testbed("cpu"))
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the ratios; 1 if a target is missed."""
-    parse(arguments("tests.bench.bench", __doc__), argv)
+    options = parse(arguments("tests.bench.bench", __doc__, "testbed", "out"), argv)
+    testbed, reason = choose_testbed(options.testbed, options.out)
+    settings, switched = settings_on(testbed), list[tuple[int, float, bool]]()
+    console.print(f"testbed {testbed.testbed} ({reason})")
     try:
-        ratio = loop_ratio()
+        ratio = loop_ratio(settings)
         console.print(f"engine time, our loop / bare loop: {ratio:.4f} (median of {ROUNDS}, target at most {LOOP_TARGET})")
-        switched = switching()
+        if settings.platform == "cpu":
+            switched = switching()
+        else:
+            console.print("switched against fresh, vllm bench serve: not measured here, as a GPU holds one engine at a time")
         for budget, median, equal in switched:
             batches = "equal" if equal else "DIFFER"
             console.print(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {batches}")
         ms, mb = bench_driver.measure()
         console.print(bench_driver.line(ms, mb))
-        serving = bench_serve.serving_settings(cpu_settings())
-        with engines([serving]) as (run,):
-            console.print(*bench_serve.table(bench_serve.measure(serving, partial(run, serve))), sep="\n")
+        if settings.platform == "cpu":
+            serving = bench_serve.serving_settings(settings)
+            with engines([serving]) as (run,):
+                console.print(*bench_serve.table(bench_serve.measure(serving, partial(run, serve))), sep="\n")
     except EngineError as error:
         raise SpecError(str(error)) from None
     met = ratio <= LOOP_TARGET and all(equal for _, _, equal in switched)

@@ -31,7 +31,7 @@ from experiments.spec.workload import synthetic_trace
 
 
 @contextmanager
-def known_engines(settings: list[EngineSettings]) -> Iterator[list[Any]]:
+def known_engines(settings: list[EngineSettings], _environment: dict[str, str]) -> Iterator[list[Any]]:
     """Stands in for engine_process.engines: the known engine in this process."""
     yield [partial(_call, SimulatedEngine(settings[0], KNOWN, seed=5))]
 
@@ -203,7 +203,7 @@ def test_dropped_steps_are_counted_where_they_are() -> None:
 def test_sizes_of_whose_steps_little_is_known_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[int] = []
 
-    def noisy(settings: list[EngineSettings]) -> Any:
+    def noisy(settings: list[EngineSettings], _environment: dict[str, str]) -> Any:
         engine = SimulatedEngine(settings[0], replace(KNOWN, jitter=Jitter(0.3)), seed=5)
 
         def call(function: Callable[..., Any], *phases: list[Phase]) -> Any:
@@ -250,11 +250,12 @@ def test_what_was_calibrated_on_a_gpu_can_be_simulated(
         **{name: replace(part, seconds=tuple(slower * s for s in part.seconds)) for name, part in parts.items()},
     )
 
-    def stand_in(settings: list[EngineSettings]) -> Any:
+    def stand_in(settings: list[EngineSettings], _environment: dict[str, str]) -> Any:
         engine = SimulatedEngine(settings[0], known, seed=5, num_kv_blocks=blocks)
         return contextmanager(lambda: iter([[partial(_call, engine)]]))()
 
     monkeypatch.setattr(calibrate_here, "engines", stand_in)
+    monkeypatch.setattr(calibrate_here, "environment_here", lambda _settings: {})  # this machine has no GPU
     settings, decoding = calibrate_here.settings_of(bed)[bed.models[model]]
     found = load_calibration(str(calibrate_here.calibrate(settings, decoding, testbed, tmp_path)))
     assert found.kv_blocks == blocks

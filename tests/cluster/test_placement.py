@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.cluster import cluster
 from experiments.cluster.placement import GIB, Node, choose_machines, foretell, longest_first, makespan, take
 from experiments.records.errors import SpecError
 from experiments.spec.expand import Session, expand
@@ -48,8 +49,33 @@ def test_both_gpus_of_a_pair_are_on_one_node() -> None:
     both = take(TWO, [*alone, gpu_node("c")], "A100 x 2")
     assert both
     assert set(PAIR) < set(both.takes)
-    assert both.takes["CPU"] == 2
+    assert both.takes["CPU"] == 8
     assert both.takes["memory"] == TWO.memory_gib * GIB
+
+
+def test_each_gpu_has_its_share_of_the_cores() -> None:
+    """An engine that loads compiles on its own cores, not on those of one that measures."""
+    four = node("a", cores=18.0, gpu_0=1.0, gpu_1=1.0, gpu_2=1.0, gpu_10=1.0, nvlink_0_1=1.0)
+    pair, *alone = [take(session, [four], "A100 x 2") for session in (TWO, ONE, ONE)]
+    assert [place.takes["CPU"] for place in (pair, *alone) if place] == [8.0, 4.0, 4.0]
+    assert [place.share_of_cores() for place in (pair, *alone) if place] == ["0,1/4", "3/4", "2/4"]
+    few = node("b", cores=2.0, gpu_0=1.0, gpu_1=1.0, gpu_2=1.0)
+    assert [place.takes["CPU"] if (place := take(ONE, [few], "A100 x 2")) else 0.0 for _ in range(3)] == [1.0, 1.0, 0.0]
+    place = take(ON_CPU, [node("c", "cpu")], "cpu")
+    assert place
+    assert place.share_of_cores() == ""
+
+
+def test_ray_hands_a_session_its_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_on", str)
+    place = take(TWO, [gpu_node("a")], "A100 x 2")
+    assert place
+    variables = cluster.options_of(TWO, place)["runtime_env"]["env_vars"]
+    own = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,1", "ENGINE_CORES": "0,1/2"}
+    assert own.items() <= variables.items()
+    on_cpu = take(ON_CPU, [node("b", "cpu")], "cpu")
+    assert on_cpu
+    assert not own.keys() & cluster.options_of(ON_CPU, on_cpu)["runtime_env"]["env_vars"].keys()
 
 
 def test_a_session_on_cpus_has_a_node_to_itself() -> None:

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 from fakes import FakeEngine
 
-from experiments.engine.session import PROBES, phases_of, run_session
+from experiments.engine.session import PROBES, phases_of, run_session, warm_up
 from experiments.records.metrics import prefill_seconds
-from experiments.spec.expand import Session
-from experiments.spec.spec import EngineSettings
+from experiments.spec.expand import Session, expand
+from experiments.spec.spec import EngineSettings, load_figure, load_testbed
 
 
 def test_a_session_loads_once_warms_up_and_runs_what_is_owed(smoke_session: Session) -> None:
@@ -45,6 +45,15 @@ def test_prefill_seconds_are_the_steps_of_the_request(smoke_session: Session) ->
         if role["role"] == "point":
             steps = -(-role["prompt_tokens"] // role["budget"])
             assert seconds[number] == pytest.approx(0.01 * steps + 1e-4 * role["prompt_tokens"])
+
+
+def test_every_prompt_of_a_prefill_figure_warms_up_with_its_last_piece() -> None:
+    """That of 2,047 tokens in steps of 512 ends with a step of 511, a shape of its own."""
+    for session in expand(load_figure("fig9a"), load_testbed("a100"), 1):
+        points = {(point.budget, point.prompt_tokens) for trial in session.trials for point in trial.points}
+        warm = [(phase.budget, request.prompt_tokens) for phase in warm_up(session) for request in phase.requests]
+        assert sorted(points) == warm
+        assert (512, 2047) in points
 
 
 def test_facts_name_no_user_and_no_host(smoke_session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 import psutil
@@ -31,12 +32,19 @@ def test_switching_the_chunk_size_changes_no_steps_composition() -> None:
                 assert batches == tuple(min(budget, tokens - done) for done in range(0, tokens, budget))
 
 
+def told(engine: VllmEngine) -> dict[str, Any]:
+    return dict(engine.facts)
+
+
 def test_tensor_parallel_two_runs_on_two_cores() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     tp2 = dataclasses.replace(SMALL, model="tiny-tp2", tensor_parallel=2, threads=1)
     with engines([tp2]) as (run,):
         seconds, batches = run(prefill, 64, 200)
+        facts = run(told)
+    computed = {name: facts[name] for name in ("cudagraph_mode", "cudagraph_sizes", "attention_backend", "model_runner")}
+    assert computed == {"cudagraph_mode": "NONE", "cudagraph_sizes": [], "attention_backend": "CPU_ATTN", "model_runner": "v1"}
     assert batches == (64, 64, 64, 8)
     assert seconds > 0
 
