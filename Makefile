@@ -12,9 +12,27 @@ TRACE ?=##           request lengths: a CSV, or a .json of vllm bench serve; def
 OUT ?= artifacts/runs##    where runs go
 BAG ?=##             an archive made elsewhere, for make verify
 MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b
-TBT_P99 ?=##         in make recommend, the target for P99 TBT, seconds
-TTFT_P50 ?=##        in make recommend, the target for P50 TTFT, seconds
+TTFT_P99 ?=##        in make recommend, a target: at most so much P99 TTFT, in seconds or as 300ms; also _P50, _P90, _P95
+TBT_P99 ?=##         the same of the time between tokens
+TPOT_P99 ?=##        the same of the time per output token, a request's mean time between tokens
+E2E_P99 ?=##         the same of a request's whole time
+GOODPUT ?=##         in make recommend, the share of requests that are to keep each their targets, such as 0.95
 QPS ?=##             in make recommend, a load that is given, requests per second; then the best latency is looked for
+CONCURRENCY ?=##     in make recommend, a load that is given: so many users, each of whom asks again when served
+ARRIVALS ?=##        in make recommend, poisson, trace (as recorded, scaled), gamma:CV or closed:N; default: trace where TRACE has times
+HIT ?=##             in make recommend, the share of prompt tokens that prefix caching finds, such as 0.4
+TTFT_P50 ?=
+TTFT_P90 ?=
+TTFT_P95 ?=
+TBT_P50 ?=
+TBT_P90 ?=
+TBT_P95 ?=
+TPOT_P50 ?=
+TPOT_P90 ?=
+TPOT_P95 ?=
+E2E_P50 ?=
+E2E_P90 ?=
+E2E_P95 ?=
 QUIET ?=##           1: errors only; the exit status tells the rest
 JSON ?=##            1: the result as one line of JSON, and nothing else
 ALL ?=##             1: in make verify, a claim that was not run counts as INCONCLUSIVE
@@ -89,6 +107,9 @@ PLATFORM := $(shell test ! -f $(call QUOTED,$(TESTBED_FILE)) || \
 	sed -n 's/^platform: *["'\'']*\([a-z]*\).*/\1/p' -- $(call QUOTED,$(TESTBED_FILE)) 2>/dev/null)
 ENGINE := $(if $(filter auto,$(TESTBED))$(filter cpu cuda,$(PLATFORM)),$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu),core)
 SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
+# What is asked of make recommend alone.
+QUESTION := $(foreach kind,TTFT TBT TPOT E2E,$(foreach p,50 90 95 99,$(kind)_P$p)) GOODPUT QPS CONCURRENCY ARRIVALS HIT
+$(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET),,$(foreach v,$(filter $(QUESTION),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
 WITH_TRACE = $(if $(TRACE),--trace="$$TRACE")
 RUN = $(PY) -m experiments.run --testbed="$$TESTBED" --out="$$OUT" $(if $(REPLICATES),--replicates="$$REPLICATES") \
 	$(WITH_TRACE) $(SAY)
@@ -139,7 +160,7 @@ preflight: $(BUILT)
 ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips fuzz conformance verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED REPLICATES OUT BAG MODEL TBT_P99 TTFT_P50 QPS FIGURE TRIAL
+export TESTBED REPLICATES OUT BAG MODEL $(QUESTION) FIGURE TRIAL
 export DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS BUILD_FLAGS IMAGE_DISK SOURCE NODE_IP
 export $(foreach v,RAY_ADDRESS RAY_AUTH_TOKEN,$(if $($v),$v))
 endif
@@ -262,9 +283,9 @@ validate: setup ## what the simulator predicts for the finished fig9a and fig9b 
 	@$(PY) -m analysis.advise.validate --testbed="$$TESTBED" --runs="$$OUT" $(SAY)
 
 .PHONY: recommend
-recommend: setup ## the chunk size for MODEL and targets TBT_P99, TTFT_P50 (s), or a load QPS; confirmed on this machine's engine
-	@$(PY) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" --tbt="$$TBT_P99" \
-		--ttft="$$TTFT_P50" --qps="$$QPS" $(WITH_TRACE) $(SAY)
+recommend: setup ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine
+	@$(PY) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" $(WITH_TRACE) $(SAY) -- \
+		$(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
 
 .PHONY: capacity
 capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices

@@ -26,7 +26,9 @@ FLOORS = {
     "analysis.show": [
         "summary", "plots", "plots_serving", "plots_schedule", "plots_advice", "views", "report", "export"
     ],
-    "analysis.advise": ["power", "capacity", "advice", "recommend", "paper_capacity", "validate", "gpu_check"],
+    "analysis.advise": [
+        "power", "capacity", "question", "case", "advice", "tell", "recommend", "paper_capacity", "validate", "gpu_check"
+    ],
 }  # fmt: skip
 ROOM = {f"{room}.{module}": room for room, modules in FLOORS.items() for module in modules}  # of each module, in order
 PICTURE = ROOT / "docs" / "rooms.svg"

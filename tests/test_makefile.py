@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.advise.question import VARIABLES
 from experiments.records.provenance import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -29,9 +30,7 @@ OPTIONS = {  # what must reach Python as it was given: variable -> target -> how
     "TRACE": {"fig9b": "--trace=", "capacity": "--trace=", "recommend": "--trace=", "bench": "--trace="},
     "REPLICATES": {"fig9a": "--replicates="},
     "MODEL": {"recommend": "--model=", "check-advice": "--model="},
-    "TBT_P99": {"recommend": "--tbt="},
-    "TTFT_P50": {"recommend": "--ttft="},
-    "QPS": {"recommend": "--qps="},
+    **{name: {"recommend": f"{name}="} for name in VARIABLES},
     "FIGURE": {"plan": ""},
     "TRIAL": {"export": ""},
     "BAG": {"verify": "--bag="},
@@ -180,8 +179,8 @@ def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) 
         *((f"IN={value}", f"IN: got '{value}'; allowed: docker host") for value in ("dokcer", "", "docker host")),
         *((f"TARGET={value}", f"TARGET: got '{value}'; allowed: cuda cpu") for value in ("gpu", "", "cpu; touch pwned")),
         *((f"DOCKER={value}", f"DOCKER: got '{value}'; allowed: docker podman") for value in ("", "dokcer", "docker podman")),
-        ("TTFT_P99=1", "TTFT_P99: no variable of this Makefile; near it: TESTBED TRACE TBT_P99 TTFT_P50"),
-        ("CONCURRENCY=8", "CONCURRENCY: no variable of this Makefile; near it: TESTBED REPLICATES"),
+        ("TTFT_P98=1", "TTFT_P98: no variable of this Makefile; near it: TESTBED TRACE TTFT_P99 TBT_P99"),
+        ("BATCH=8", "BATCH: no variable of this Makefile; near it: BAG BUILD_FLAGS"),
         ("a'b=$(shell touch pwned)", "a'b: no variable of this Makefile"),
     ],
 )

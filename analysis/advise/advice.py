@@ -4,85 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
 
-from analysis.advise.capacity import LOWEST, WORDS, Latency, Search, Setting
+from analysis.advise.capacity import HIGHEST, LOWEST, WORDS, Latency, Search, Setting
+from analysis.advise.case import Case, around, evidence
+from analysis.advise.question import Question, describe
 from analysis.judge.stats import sample
 from experiments.records.errors import SpecError
-from experiments.records.record import Phase
-from experiments.simulator.calibration import Calibration
-from experiments.simulator.scheduler import Rows
-from experiments.simulator.simulator import SimulatedEngine
-from experiments.spec.expand import Session
-from experiments.spec.spec import EngineSettings
-from experiments.spec.traces import Trace
-from experiments.spec.workload import serving_requests
 
 CLOSE = 0.04  # who is further behind on one seed is not looked at on the others: the arrivals are the same for all
+FIRST = 4  # seeds on which settings are compared
+WIDEST = 4.0  # the widest interval that is an answer, high over low
+MOST_REQUESTS = 8192  # of a trial
 TIE = 0.02  # means over seeds that differ by less are taken as equal: then the smaller chunk size, as its TBT is lower
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model on a machine, as `session` has them, under a user's requests.
-
-    `requests`: how many a simulation serves; `max_total`: prompt + output in the trace's tokens, before the session's scale.
-    """
-
-    session: Session
-    calibration: Calibration
-    trace: Trace = field(repr=False)
-    requests: int
-    max_total: int
-    seeds: tuple[int, ...]
-
-    @property
-    def model(self) -> str:
-        """The figure's name of it."""
-        return self.session.model
-
-    @property
-    def settings(self) -> EngineSettings:
-        """Of the engine; chunk size and batch are what is looked for."""
-        return self.session.engine
-
-    def search(self) -> Search:
-        """Capacities by simulation."""
-
-        @cache
-        def engine(max_batch: int, seed: int) -> SimulatedEngine:
-            settings = replace(self.settings, max_batch=max_batch, max_budget=self.settings.max_model_len)
-            return SimulatedEngine(settings, self.calibration, seed)
-
-        @cache
-        def asked(seed: int) -> Rows:
-            requests = serving_requests(self.trace, 1.0, self.requests, seed, self.max_total, self.session.scale)
-            return engine(self.settings.max_batch, seed).requests(Phase(1, requests))
-
-        def serve(setting: Setting, rate: float, seed: int) -> Latency:
-            requests = asked(seed).copy()  # all arrivals by a factor sooner or later, as serving_requests draws them
-            requests["arrival_s"] /= rate
-            requests["budget"] = setting.budget
-            return Latency(*engine(setting.max_batch, seed).percentiles(requests))
-
-        return Search(serve)
-
-    def settings_to_try(self) -> list[Setting]:
-        """Chunk sizes that double from twice the most requests in a step, so that decodes leave half of it, to unchunked."""
-        batch, last = self.settings.max_batch, self.settings.max_model_len
-        sizes = [batch * 2**n for n in range(1, (last // batch).bit_length()) if batch * 2**n < last]
-        return [Setting(size, batch) for size in (*sizes, last)]
-
-    def beside(self, setting: Setting) -> set[Setting]:
-        """The settings next to this one: chunk sizes half an octave apart, most requests in a step an octave."""
-        base, most = self.settings.max_batch, max(self.settings.max_model_len, self.calibration.valid.tokens)
-        octaves = [base * 2.0**n for n in range(-base.bit_length(), (most // base).bit_length())]
-        sizes = {int(size * part) for size in octaves for part in (1, 1.5)} | {self.settings.max_model_len, setting.budget}
-        near = [setting.budget, *around(setting.budget, sorted(sizes))]
-        batches = [setting.max_batch, setting.max_batch // 2, 2 * setting.max_batch]
-        pairs = {Setting(size, batch) for size in near for batch in batches if 1 <= batch <= base and 2 * batch <= size <= most}
-        return pairs - {setting}
 
 
 @dataclass(frozen=True)
@@ -97,20 +32,34 @@ class Option:
 
 @dataclass(frozen=True)
 class Advice:
-    """The choice, and the options beside it; `value`, `low`, `high`: its capacity over seeds, requests/s.
+    """The choice, and the options beside it; `value`, `low`, `high`: its capacity over seeds, requests/s, or the latency that
+    is the question's goal, seconds."""
 
-    With a fixed rate they are of the latency that is minimised, seconds, `goal` its name.
-    """
-
-    limits: Latency
-    fixed_rate: float | None
-    goal: str
+    question: Question
     best: Option
     neighbours: tuple[Option, ...]
     value: float
     low: float
     high: float
     per_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A setting on the real engine at a rate (requests/s): measured and simulated latency, whether the limits were kept."""
+
+    setting: Setting
+    rate: float
+    requests: int
+    measured: Latency
+    simulated: Latency
+    kept: bool
+
+
+def settled(advice: Advice, found: Sequence[Confirmed]) -> Setting:
+    """The last word: the best in simulation if it kept the limits on the engine or none did, else who did at the most load."""
+    good = {entry.setting: entry.rate for entry in found if entry.kept}
+    return advice.best.setting if not good or advice.best.setting in good else max(good, key=good.__getitem__)
 
 
 # Setting, seed, what is expected, what is of interest (None: any) -> the higher the better, 0: of no interest.
@@ -125,7 +74,7 @@ def ranked(case: Case, score: Score, also: Sequence[Setting] = ()) -> list[Setti
     best is the one with the smallest chunk size, as its TBT is lower.
     """
     seen: dict[Setting, float] = {}
-    first, *others = case.seeds
+    first, *others = case.seeds[:FIRST]
 
     def look(settings: Iterable[Setting]) -> None:
         for setting in settings:
@@ -148,9 +97,14 @@ def ranked(case: Case, score: Score, also: Sequence[Setting] = ()) -> list[Setti
     return sorted(near, key=lambda each: (each != best, -means[each]))
 
 
-def advise(case: Case, search: Search, limits: Latency, also: Sequence[Setting] = ()) -> Advice:
-    """The setting with the highest capacity, `also` these looked at. Raises SpecError if none keeps the limits even one request
-    at a time, or some keep them at any load."""
+def advise(case: Case, search: Search, question: Question, also: Sequence[Setting] = ()) -> Advice:
+    """The best setting, `also` these looked at: with the highest capacity or, at a given load, with the lowest latency.
+
+    Raises SpecError if none keeps the limits there or even one request at a time, or some keep them at any load.
+    """
+    if question.load:
+        return advise_load(case, search, question)
+    limits = question.limits
 
     def score(setting: Setting, seed: int, expected: float, bar: float | None) -> float:
         good = bar is None or search.keeps(setting, bar, limits, seed)
@@ -159,27 +113,46 @@ def advise(case: Case, search: Search, limits: Latency, also: Sequence[Setting] 
     found = ranked(case, score, also)
     if not found:
         alone = {setting: loads[LOWEST] for (setting, _), loads in search.seen.items() if LOWEST in loads}
-        raise _impossible(case, limits, ": no chunk size keeps that, even one request at a time", alone)
+        raise _impossible(case, question, ": no chunk size keeps that, even one request at a time", alone)
     best = option(case, search, found[0], limits)
-    if best.bound_by == "nothing":
-        words = f"kept at any load that {case.requests} requests make; tighter targets are needed, or a longer TRACE"
-        raise SpecError(f"{case.model}: {describe(limits)}: {words}")
     swept = [setting.budget for setting in case.settings_to_try()]
     sizes = [Setting(size, best.setting.max_batch) for size in around(best.setting.budget, swept)]
     neighbours = tuple(option(case, search, setting, limits, best.rate) for setting in sizes)
-    rates = [search.capacity(best.setting, limits, seed, best.rate).rate for seed in case.seeds]
-    slow, fast = model_error(case, search, best.setting, limits, rates[0])
-    return Advice(limits, None, "rate", best, neighbours, *interval(rates, slow / rates[0], fast / rates[0]), tuple(rates))
+    capacities = [search.capacity(best.setting, limits, seed, best.rate) for seed in case.seeds]
+    if any(capacity.bound_by == "nothing" for capacity in capacities):
+        words = f"at least {search.rate(HIGHEST - 1):.3g} requests/s, the highest load looked at; this trial cannot tell"
+        raise SpecError(f"{case.model}: {question}: {words}; tighter targets are needed, or a longer TRACE")
+    rates = [capacity.rate for capacity in capacities]
+    slow, fast = (found / rates[0] for found in model_error(case, search, best.setting, limits, rates[0]))
+    return Advice(question, best, neighbours, *interval(rates, slow, fast, case.sampled), tuple(rates))
 
 
-def around(budget: int, tried: Sequence[int]) -> list[int]:
-    """The chunk sizes of the sweep that are next to this one."""
-    return [*[size for size in tried if size < budget][-1:], *[size for size in tried if size > budget][:1]]
+def steady(case: Case, question: Question) -> tuple[Case, Search, Advice]:
+    """The advice of trials long enough: twice as long, what binds or is made best moves, at the load advised, by less than its
+    interval over seeds. Raises SpecError where none up to MOST_REQUESTS is, or the interval is wider than WIDEST even then."""
+    while True:
+        advice = advise(case, search := case.search(question), question)
+        longer, best, told = case.lasting(2 * case.requests), advice.best, advice.high <= WIDEST * advice.low
+        name, rate = (question.goal, question.rate or 1.0) if question.load else (best.bound_by, advice.value)
+        if told:
+            once, twice = (
+                [max(1e-9, question.latency(trial.served(best.setting, rate, seed))[name]) for seed in case.seeds]
+                for trial in (case, longer)
+            )
+            low, high = interval(once, 1.0, 1.0)[1:]
+            if low <= interval(twice, 1.0, 1.0)[0] <= high:
+                return case, search, advice
+        if longer.requests > MOST_REQUESTS:
+            found = f"{advice.value:.3g} (95 % interval {advice.low:.3g} to {advice.high:.3g})"
+            wide, moves = f"the interval is wider than a factor of {WIDEST:g}", f"{WORDS[name]} moves with the trial's length"
+            words = f"{found}: {moves if told else wide}: this trial cannot tell, a longer TRACE may"
+            raise SpecError(f"{case.model}: {question}: {words}; {evidence(case)}")
+        case = longer
 
 
 def option(case: Case, search: Search, setting: Setting, limits: Latency, near: float = 1.0) -> Option:
     """The capacity of a setting, mean over seeds; of the first seed, the latencies at the highest rate served not above it."""
-    found = [search.capacity(setting, limits, seed, near) for seed in case.seeds]
+    found = [search.capacity(setting, limits, seed, near) for seed in case.seeds[:FIRST]]
     seen = search.seen[setting, case.seeds[0]]
     below = max((step for step in seen if search.rate(step) <= found[0].rate * 1.0001), default=min(seen))
     return Option(setting, interval([capacity.rate for capacity in found], 1.0, 1.0)[0], found[0].bound_by, seen[below])
@@ -197,61 +170,52 @@ def model_error(case: Case, search: Search, setting: Setting, limits: Latency, r
     return slow, fast
 
 
-def interval(values: Sequence[float], down: float, up: float) -> tuple[float, float, float]:
+def interval(values: Sequence[float], down: float, up: float, sampled: float = 0.0) -> tuple[float, float, float]:
     """Geometric mean over seeds and its 95 % t interval, widened by the factors of the calibration's error.
 
-    Where a seed has capacity 0 the mean is the median and the interval goes down to 0.
+    `sampled`: the share of the variance that no further seed would lessen (see Case). Where a seed has capacity 0 the mean is
+    the median and the interval goes down to 0.
     """
     seen = sample([value for value in values if value > 0])
-    low, high = map(float, seen.interval())
+    wide = math.sqrt(1 + seen.n * sampled)
+    low, high = (float(seen.ratio * (end / seen.ratio) ** wide) for end in seen.interval())
     if seen.n < len(values):
         return sorted(values)[len(values) // 2], 0.0, high * up
     return float(seen.ratio), low * down, high * up
 
 
-def advise_rate(case: Case, search: Search, limits: Latency, rate: float) -> Advice:
-    """At a fixed rate, the setting with the lowest latency that has no target: P50 TTFT if TBT has one, else P99 TBT.
-
-    Raises SpecError if no setting keeps the limits there.
-    """
-    goal, factor = "tbt_p99" if math.isinf(limits.tbt_p99) else "ttft_p50", 1 + case.calibration.error.held_out
+def advise_load(case: Case, search: Search, question: Question) -> Advice:
+    """At a load that is given, the setting with the lowest latency of those that keep the limits. In a closed loop the rate is
+    what users and latency make of it (Little's law), and no arrival heeds the one that is put to the search."""
+    limits, goal, factor = question.limits, question.goal, 1 + case.calibration.error.held_out
+    rate, users = question.rate or 1.0, question.users
 
     @cache
     def at(setting: Setting, seed: int) -> Latency:
         return search.serve(setting, rate, seed)
 
     def score(setting: Setting, seed: int, expected: float, bar: float | None) -> float:
-        return 1 / getattr(at(setting, seed), goal) if at(setting, seed).within(limits)[0] <= 0 else 0.0
+        return 1 / at(setting, seed)[goal] if at(setting, seed).within(limits)[0] <= 0 else 0.0
 
     def made(setting: Setting) -> Option:
         excess, bound_by = at(setting, case.seeds[0]).within(limits)
-        return Option(setting, rate if excess <= 0 else 0.0, bound_by, at(setting, case.seeds[0]))
+        carried = users / float(case.served(setting, rate, case.seeds[0]).requests["e2e"].mean()) if users else rate
+        return Option(setting, carried if excess <= 0 else 0.0, bound_by, at(setting, case.seeds[0]))
 
     swept = case.settings_to_try()
     if not (found := ranked(case, score)):
-        none = f" at {rate:g} requests/s: no chunk size keeps that"
-        raise _impossible(case, limits, none, {setting: at(setting, case.seeds[0]) for setting in swept})
+        none = f" {question.load}: no chunk size keeps that"
+        raise _impossible(case, question, none, {setting: at(setting, case.seeds[0]) for setting in swept})
     best = found[0]
     beside = [Setting(size, best.max_batch) for size in around(best.budget, [setting.budget for setting in swept])]
-    values = [getattr(at(best, seed), goal) for seed in case.seeds]
-    slow, fast = (getattr(search.serve(best, rate * f, case.seeds[0]), goal) * f / values[0] for f in (factor, 1 / factor))
-    return Advice(limits, rate, goal, made(best), tuple(map(made, beside)), *interval(values, fast, slow), tuple(values))
+    values = [at(best, seed)[goal] for seed in case.seeds]
+    slow, fast = (search.serve(best, rate * f, case.seeds[0])[goal] * f / values[0] for f in (factor, 1 / factor))
+    known = interval(values, fast, slow, case.sampled)
+    return Advice(question, made(best), tuple(map(made, beside)), *known, tuple(values))
 
 
-def describe(limits: Latency) -> str:
-    """Latencies in words, those that are given."""
-    return ", ".join(f"{WORDS[name]} {value:.3g} s" for name, value in vars(limits).items() if value < math.inf)
-
-
-def evidence(case: Case) -> str:
-    """What a simulated answer rests on."""
-    error = f"step times off by {case.calibration.error.held_out:.1%} on held-out data"
-    served = f"{case.requests} requests of trace {case.trace.name}, {len(case.seeds)} seeds"
-    return f"SIMULATED with calibration {case.calibration.calibration} ({case.calibration.title}), {error}; {served}"
-
-
-def _impossible(case: Case, limits: Latency, words: str, seen: Mapping[Setting, Latency]) -> SpecError:
+def _impossible(case: Case, question: Question, words: str, seen: Mapping[Setting, Latency]) -> SpecError:
     """No setting keeps the limits: how close one can get."""
-    closest = min(seen, key=lambda setting: seen[setting].within(limits)[0])
+    closest = min(seen, key=lambda setting: seen[setting].within(question.limits)[0])
     came = f"the closest is {closest.budget} tokens: {describe(seen[closest])} ({evidence(case)})"
-    return SpecError(f"{case.model}: {describe(limits)}{words}; {came}")
+    return SpecError(f"{case.model}: {question}{words}; {came}")

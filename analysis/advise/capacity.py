@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-from experiments.records.metrics import NAMES, serving_metrics
-from experiments.records.record import Record
+from experiments.records.metrics import LATENCIES, PERCENTS
 
 GRID = 10  # rates looked at per factor of two; between two of them capacity is interpolated
 LOWEST = -10 * GRID  # a request every 17 minutes: one at a time
 HIGHEST = 10 * GRID
 DELAY_LIMIT_S = 2.0
-WORDS = {**NAMES, "delay_p50": "median scheduling delay", "nothing": "nothing"}  # what may bound a capacity
+TARGETS = {f"{kind}_p{percent}": f"P{percent} {words}" for kind, words in LATENCIES.items() for percent in PERCENTS}
+WORDS = {**TARGETS, "goodput": "goodput", "delay_p50": "median scheduling delay", "nothing": "nothing"}  # what may bind
 CURVE_STEPS = (GRID // 2, 5 * GRID // 2)  # below the highest rate
 JUMP, FINEST = 1.7, 3  # where P99 TBT rises by more, a curve is looked at more closely, down to these steps
 
@@ -34,32 +34,21 @@ class Setting:
     max_batch: int
 
 
-@dataclass(frozen=True)
-class Latency:
-    """What requests saw under a load, seconds; as limits, the most they may see, infinity where there is none."""
+class Latency(dict[str, float]):
+    """By their names in WORDS: what requests saw under a load, seconds; as limits, the most they may see.
 
-    tbt_p99: float = math.inf
-    ttft_p50: float = math.inf
-    delay_p50: float = DELAY_LIMIT_S
+    Of `goodput`: what the worst of the share that counts saw, over its targets; the limit is 1.
+    """
 
     def within(self, limits: Latency) -> tuple[float, str]:
         """The worst log ratio to its limit, at most 0 if all are kept, and which latency that is."""
-        ratios = {name: getattr(self, name) / limit for name, limit in vars(limits).items() if limit < math.inf}
-        name = max(ratios, key=ratios.__getitem__)
-        return math.log(max(ratios[name], 1e-9)), name
+        ratios = {name: self[name] / limit for name, limit in limits.items()}
+        name = max(ratios, key=ratios.__getitem__, default="nothing")
+        return math.log(max(ratios.get(name, 0.0), 1e-9)), name
 
     def times(self, factor: float) -> Latency:
         """All of them longer by a factor."""
-        return Latency(*(factor * value for value in vars(self).values()))
-
-
-def latency(record: Record) -> Latency:
-    """P99 TBT, P50 TTFT and median scheduling delay of a record, as in records.metrics; infinite if it is truncated."""
-    if record.truncated or not len(record.tokens):
-        return Latency(math.inf, math.inf, math.inf)
-    seen = serving_metrics(record)
-    gap = seen["tbt_p99"]  # NaN where no request gave a second token
-    return Latency(0.0 if math.isnan(gap) else gap, seen["ttft_p50"], seen["scheduling_delay_p50"])
+        return Latency({name: factor * value for name, value in self.items()})
 
 
 @dataclass(frozen=True)
@@ -135,7 +124,8 @@ def curve(search: Search, setting: Setting, limits: Latency, seed: int, targets:
 
     Up to what the other limits allow, rates half an octave apart and, where P99 TBT jumps, in between; interpolated.
     """
-    top = search.capacity(setting, replace(limits, tbt_p99=math.inf), seed, near)
+    others = Latency({name: limit for name, limit in limits.items() if name != "tbt_p99"})
+    top = search.capacity(setting, others, seed, near)
     if not top.rate:
         return [math.nan] * len(targets)
     last = math.floor(GRID * math.log2(top.rate))
@@ -143,7 +133,8 @@ def curve(search: Search, setting: Setting, limits: Latency, seed: int, targets:
         search.at(setting, last - distance, seed)
 
     def points() -> list[tuple[float, float]]:
-        return [(step, seen.tbt_p99) for step, seen in sorted(search.seen[setting, seed].items()) if LOWEST < step <= last + 1]
+        seen = sorted(search.seen[setting, seed].items())
+        return [(step, latency["tbt_p99"]) for step, latency in seen if LOWEST < step <= last + 1]
 
     while jumps := [(a + b) // 2 for (a, p), (b, q) in pairwise(points()) if b - a > FINEST and q > JUMP * p]:
         search.at(setting, jumps[-1], seed)

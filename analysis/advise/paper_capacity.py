@@ -9,9 +9,12 @@ from pathlib import Path
 import pandas as pd
 from pydantic.dataclasses import dataclass as spec_dataclass
 
-from analysis.advise.advice import TIE, Advice, Case, Option, advise, option
+from analysis.advise.advice import TIE, Advice, Option, advise, option
 from analysis.advise.capacity import WORDS, Latency, Setting
-from analysis.advise.recommend import case_of, curves, facts, marks, show
+from analysis.advise.case import Case
+from analysis.advise.question import Question
+from analysis.advise.recommend import case_of
+from analysis.advise.tell import curves, facts, marks, show
 from analysis.judge.load import REFERENCE
 from analysis.show.plots import save
 from analysis.show.plots_advice import capacity_figure
@@ -46,7 +49,7 @@ def explain(case: Case, advice: Advice, paper: Option) -> str:
 
     def carries(other: Option) -> str:
         batch = "" if alike else f" with at most {other.setting.max_batch} requests in a step"
-        bound = f"bound by {WORDS[other.bound_by]}, P99 TBT {1e3 * other.latency.tbt_p99:.0f} ms there"
+        bound = f"bound by {WORDS[other.bound_by]}, P99 TBT {1e3 * other.latency['tbt_p99']:.0f} ms there"
         more = "" if other is best else f" ({other.rate / best.rate - 1:+.1%})"
         return f"{other.setting.budget}{batch} carries {other.rate:.3g} requests/s{more}, {bound}"
 
@@ -83,13 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables, points, answers = [], [], []
     for model, targets in paper.tbt_p99.items():
         case = case_of(testbed, model, trace)
-        search, only_delay = case.search(), Latency(delay_p50=paper.delay_p50)
+        Question(Latency(tbt_p99=1.0)).check(trace, testbed.scale)
+        search = case.search(Question())
+        only_delay = Latency(delay_p50=paper.delay_p50)
         tables.append(curves(case, search, case.settings_to_try(), only_delay, [*targets.values()]))
         for name, target in targets.items():
-            limits = Latency(target, delay_p50=paper.delay_p50)
+            question = Question(Latency(tbt_p99=target), delay_s=paper.delay_p50)
             chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
-            advice = advise(case, search, limits, also=[chosen])
-            words = explain(case, advice, option(case, search, chosen, limits, advice.best.rate))
+            advice = advise(case, search, question, also=[chosen])
+            words = explain(case, advice, option(case, search, chosen, question.limits, advice.best.rate))
             show(case, advice)
             console.print(f"{name} target of the paper: {words}")
             points.append(marks(case, advice))
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), path)
     files = [Path(f"{path}.csv"), Path(f"{path}.json"), *drawn]
     write_whole(files[0], table.to_csv(index=False))
-    write_whole(files[1], to_json({"format": 1, "source": paper.source, "answers": answers}))
+    write_whole(files[1], to_json({"format": 2, "source": paper.source, "answers": answers}))
     console.print(written(*files))
     result(answers=answers, files=files)
     return 0

@@ -64,8 +64,9 @@ def simulated_metrics(figure: ServingFigure, testbed: Testbed, trace: Trace) -> 
             point, (phases, roles) = trial.points[0], phases_of(session, trial, trace)
             assert isinstance(point, LoadPoint)
             engine = simulated_engine(session.engine, 1000 * session.seed + number)  # noise of its own, as each trial has
-            tbt, ttft, _ = engine.percentiles(engine.requests(phases[point_phase(roles)]))
-            rows.append((session.model, session.seed, point.qps, str(point.chunk_size), tbt, ttft))
+            seen = engine.served(engine.requests(phases[point_phase(roles)]))
+            at = (session.model, session.seed, point.qps, str(point.chunk_size))
+            rows.append((*at, *map(seen.percentile, METRICS)))
     return pd.DataFrame(rows, columns=["model", "seed", "qps", "chunk_size", *METRICS])
 
 

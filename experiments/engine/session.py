@@ -52,7 +52,8 @@ def _requests(session: Session, point: Point | LoadPoint, trace: Trace | None) -
         return (Request(0.0, point.prompt_tokens, 1, seed=session.seed),)
     if trace is None:
         raise SpecError(f"{session.figure}: a trace is needed")
-    requests = serving_requests(trace, point.rate or 1.0, point.requests, session.seed, point.max_total, session.scale)
+    asked = (trace, point.rate or 1.0, point.requests, session.seed, point.max_total, session.scale, session.traffic)
+    requests = serving_requests(*asked)
     return requests if point.rate else tuple(replace(request, arrival_s=0.0) for request in requests)
 
 

@@ -6,6 +6,7 @@ timed and its batch read without a message in between; tensor-parallel workers a
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -204,22 +205,30 @@ class VllmEngine:
         numbers: dict[str, int] = {}  # vLLM's request id -> ours, of unfinished requests
         names: dict[int, str] = {}  # and back: outputs carry our id
         clock, begin = time.perf_counter, time.perf_counter()
+        served = deque[float]()  # when a request was, from `begin`: in a closed loop another comes then
+
+        def due() -> float:
+            """When the next one comes."""
+            asked = pending[0][0].arrival_s
+            return begin + (served[0] if asked == math.inf and served else asked)
+
         while pending or numbers:
             now = clock()
             if now - origin > time_limit_s:
                 self._engine.abort_request(list(numbers), internal=True)
                 return False
-            while pending and begin + pending[0][0].arrival_s <= now:
+            while pending and (arrival := due()) <= now:
                 request, ids = pending.popleft()
+                if request.arrival_s == math.inf:
+                    served.popleft()
                 index = len(recorder.requests)
                 injected = clock() - origin
                 names[index] = self._add(str(index), request, ids)
                 numbers[names[index]] = index
-                arrival = begin - origin + request.arrival_s
-                row = [index, number, phase.budget, arrival, injected, request.prompt_tokens, request.output_tokens]
+                row = [index, number, phase.budget, arrival - origin, injected, request.prompt_tokens, request.output_tokens]
                 recorder.requests.append([*row, 0, -1, -1, 0])
             if not numbers:
-                time.sleep(max(0.0, begin + pending[0][0].arrival_s - clock()))
+                time.sleep(max(0.0, due() - clock()))
                 continue
             started = clock()
             outputs = self._engine.step()
@@ -229,6 +238,7 @@ class VllmEngine:
             self._note_step(recorder, numbers, phase.budget, started - origin, ended - started)
             for index in self._note_outputs(recorder, outputs, ended - origin):
                 del numbers[names.pop(index)]
+                served.append(ended - begin)
         return True
 
     def _add(self, name: str, request: Request, ids: list[int]) -> str:

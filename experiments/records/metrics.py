@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pandas as pd
 from experiments.records.record import Record
 
 NAMES = {"ttft_p50": "P50 TTFT", "tbt_p99": "P99 TBT"}  # the two metrics of Figure 9b, as people write them
+LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e": "E2E"}  # of which a user may have targets
+PERCENTS = (50, 90, 95, 99)
 
 
 def time_unit(seconds: Iterable[float]) -> tuple[float, str]:
@@ -75,6 +78,60 @@ def tbt(record: Record) -> npt.NDArray[np.float64]:
     new = np.diff(requests[order], prepend=-1) != 0
     gaps: npt.NDArray[np.float64] = np.diff(times)[~new[1:]]
     return gaps
+
+
+@dataclass(frozen=True)
+class Served:
+    """What requests saw: of each its prompt_tokens and, in seconds, ttft, tpot, e2e and delay, shape (requests,); the gaps
+    between tokens of a request, all together: `seconds`, and how many (`count`) saw the like.
+
+    tpot, time per output token: what followed the first over its number, NaN of one token, as vllm bench serve has it; e2e: to
+    the last token; delay: of scheduling. From arrival, as in request_metrics.
+    """
+
+    requests: Mapping[str, npt.NDArray[Any]]
+    gaps: npt.NDArray[Any]
+
+    def percentile(self, name: str) -> float:
+        """Seconds of one like tbt_p99, linear interpolation; 0 of nothing."""
+        kind, _, percent = name.partition("_p")
+        if kind == "tbt":
+            return gap_percentile(self.gaps, int(percent) / 100)
+        sample = self.requests[kind]
+        sample = sample[~np.isnan(sample)]
+        return float(np.percentile(sample, int(percent))) if len(sample) else 0.0
+
+
+def served(prompt: Any, output: Any, ttft: Any, delay: Any, e2e: Any, gaps: npt.NDArray[Any]) -> Served:
+    """From lengths (tokens) and seconds of each request, and gaps."""
+    prompt, output, ttft, delay, e2e = map(np.asarray, (prompt, output, ttft, delay, e2e))
+    tpot = (e2e - ttft) / np.where(output > 1, output - 1.0, np.nan)
+    return Served({"prompt_tokens": prompt, "ttft": ttft, "tpot": tpot, "e2e": e2e, "delay": delay}, gaps)
+
+
+def served_of(record: Record) -> Served:
+    """What the requests of a record saw; no request if it was cut short: who is missing would have seen the worst."""
+    found, gaps = request_metrics(record), tbt(record)
+    found = found.iloc[:0] if record.truncated else found
+    lengths = record.requests.set_index("request").reindex(found.index)
+    each = np.ones(len(gaps), dtype=[("seconds", "f8"), ("count", "i8")])
+    each["seconds"] = gaps
+    prompt, output = lengths["prompt_tokens"], lengths["generated_tokens"]
+    return served(prompt, output, found["ttft"], found["scheduling_delay"], found["latency"], each)
+
+
+def gap_percentile(gaps: npt.NDArray[Any], share: float) -> float:
+    """numpy's percentile, linear, of gaps that so many saw alike, seconds; 0 of none."""
+    count = int(gaps["count"].sum())
+    if not count:
+        return 0.0
+    at = max(0, int((4 * share - 3) * len(gaps)))
+    longest = gaps[gaps["seconds"] >= np.partition(gaps["seconds"], at)[at]]  # four times the share: they nearly always suffice
+    gaps = longest if longest["count"].sum() > (1 - share) * count + 1 else gaps
+    gaps = gaps[np.argsort(gaps["seconds"])]
+    reached, place = np.cumsum(gaps["count"]) + count - gaps["count"].sum(), share * (count - 1)
+    around = np.searchsorted(reached, [int(place), min(int(place) + 1, count - 1)], side="right")
+    return float(np.interp(place % 1, (0, 1), gaps["seconds"][around]))
 
 
 def duration(record: Record) -> float:

@@ -40,7 +40,8 @@ TOKEN_COLUMNS = {"request": "int64", "time_s": "float64"}  # one row per output 
 
 @dataclass(frozen=True)
 class Request:
-    """One request. `arrival_s` counts from the start of its phase; `seed` draws its prompt's token ids."""
+    """One request. `arrival_s` counts from the start of its phase, infinity: it comes as soon as another one is served (closed
+    loop); `seed` draws its prompt's token ids."""
 
     arrival_s: float
     prompt_tokens: int

@@ -65,7 +65,7 @@ OPTIONS = {
     "runs": {"type": _path, "default": RUNS, "help": "where runs are"},
     "report": {"type": _path, "default": ROOT / "artifacts" / "report", "help": "where results are written"},
 }
-VARIABLES = {"runs": "OUT", "tbt": "TBT_P99", "ttft": "TTFT_P50"}  # of make, where it is not the option in capitals
+VARIABLES = {"runs": "OUT"}  # of make, where it is not the option in capitals
 
 
 class _Parser(argparse.ArgumentParser):

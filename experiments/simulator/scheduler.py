@@ -17,15 +17,18 @@ from experiments.simulator.compiled import compiled
 
 Rows: TypeAlias = "np.recarray[Any, Any]"  # of the types below; they change in place
 # Requests in the order of arrival: a record's columns; tokens whose keys and values are `computed`; KV `blocks` held; when its
-# first step `began`, its first token came and its latest, -1 before. `queue`, not its own: who waits at this place of a queue.
-OWN = [("computed", "i8"), ("blocks", "i8"), ("began", "f8"), ("first_token", "f8"), ("last_token", "f8"), ("queue", "u8")]
+# first step `began`, its first token came and its latest, -1 before; the `gaps` so far when it entered. `queue`, not its own:
+# who waits at this place of a queue.
+OWN = [("computed", "i8"), ("blocks", "i8"), ("began", "f8"), ("first_token", "f8"), ("last_token", "f8")]
+OWN += [("queue", "u8"), ("gaps", "i8")]
 REQUEST, STEP, TOKEN = (np.dtype([*columns.items()]) for columns in (REQUEST_COLUMNS | dict(OWN), STEP_COLUMNS, TOKEN_COLUMNS))
 # Who runs, in the order of arrival, and the tokens that it computes in this step. `given`, not its own: who got a token of it.
 SLOT = np.dtype([("request", "u8"), ("tokens", "i8"), ("given", "u8")])
 GAP = np.dtype([("seconds", "f8"), ("count", "i8")])  # between tokens of a request, and how many saw the like
-# The state: requests that `entered`, of which those from `head` on wait; `running` run, the first `scheduled` of them in this
+# The state: requests that `entered`, of which those from `head` on wait; `coming`, the first whose arrival is not known, in a
+# closed loop; `running` run, the first `scheduled` of them in this
 # step; KV blocks that are `free`; steps, tokens, gaps so far; the clock, the end of the last step, what the next takes longer.
-COUNTS = ("entered", "head", "running", "scheduled", "free", "block_size", "steps", "tokens", "gaps")
+COUNTS = ("entered", "head", "coming", "running", "scheduled", "free", "block_size", "steps", "tokens", "gaps")
 STATE = np.dtype([*((name, "i8") for name in COUNTS), ("clock", "f8"), ("ended", "f8"), ("cold", "f8")])
 
 
@@ -67,7 +70,7 @@ def schedule(requests: Rows, slots: Rows, now: Any, step: Any) -> None:
             victim = requests[slots[now.running].request]
             requests[now.head].queue = slots[now.running].request
             now.free += victim.blocks
-            victim.blocks = victim.computed = 0
+            victim.blocks, victim.computed = 0, victim.cached_tokens
             step.preempted += 1
         if now.running == place:
             break
@@ -80,7 +83,7 @@ def schedule(requests: Rows, slots: Rows, now: Any, step: Any) -> None:
         known = request.prompt_tokens + request.generated_tokens
         if (known + now.block_size - 1) // now.block_size > now.free:  # all must fit, though only a piece is computed now
             break
-        tokens = min(known, left)
+        tokens = min(known - request.computed, left)
         allocate(request, now, tokens)
         put(request, slots[place], now, step, tokens)
         now.head += 1

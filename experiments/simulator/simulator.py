@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.records.errors import SpecError
+from experiments.records.metrics import Served, served
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record
 from experiments.simulator.calibration import Calibration, Floats, Jitter, kv_blocks, load_calibration
 from experiments.simulator.compiled import compiled, say_if_not_kept
@@ -41,7 +42,7 @@ def serve(
     while now.steps < len(mixed) and now.gaps + len(slots) < len(gaps):
         boundary = now.clock  # who comes while others enter waits for the next one, as in the real loop
         while now.entered < last and requests[now.entered].arrival_s <= boundary:
-            requests[now.entered].injected_s = now.clock
+            requests[now.entered].injected_s, requests[now.entered].gaps = now.clock, now.gaps
             now.clock += costs.request_s
             now.entered += 1
         if now.running == 0 and now.head == now.entered:
@@ -61,7 +62,11 @@ def serve(
             return REFUSED
         step.seconds = step.seconds * (mixed[now.steps] if prefill > 0 else alone[now.steps]) + now.cold
         now.clock, now.cold = now.clock + step.seconds, 0.0
+        running = now.running
         given = update(requests, slots, now, gaps)
+        for _ in range(min(running - now.running, last - now.coming)):  # a closed loop: who was served asks again
+            requests[now.coming].arrival_s = now.clock
+            now.coming += 1
         for place in range(given if len(tokens) > 0 else 0):
             tokens[now.tokens].request, tokens[now.tokens].time_s = slots[place].given, now.clock
             now.tokens += 1
@@ -110,11 +115,13 @@ class SimulatedEngine:
         requests, steps, tokens = (pd.DataFrame({name: table[name] for name in names}, copy=False) for table, names in parts)
         return Record(requests, steps, tokens, truncated)
 
-    def percentiles(self, requests: Rows) -> tuple[float, float, float]:
-        """P99 TBT, P50 TTFT and median scheduling delay of a phase, seconds: those of its record, which need not be made."""
-        (served, _, _, gaps), _ = self._serve(requests, np.inf, record=False)
-        ttft, delay = (float(np.median(served[moment] - served["arrival_s"])) for moment in ("first_token", "began"))
-        return percentile(gaps, 0.99), ttft, delay
+    def served(self, requests: Rows, warm_up: int = 0) -> Served:
+        """What the requests of a phase saw but the first `warm_up`, and the gaps since these had come: as the phase's record
+        tells it, which need not be made."""
+        (rows, _, _, gaps), _ = self._serve(requests, np.inf, record=False)
+        rows, gaps = rows[warm_up:], gaps[rows["gaps"][warm_up] :]
+        ttft, delay, e2e = (rows[moment] - rows["arrival_s"] for moment in ("first_token", "began", "last_token"))
+        return served(rows["prompt_tokens"], rows["output_tokens"], ttft, delay, e2e, gaps)
 
     def requests(self, phase: Phase, number: int = 0) -> Rows:
         """The requests of a phase before it begins. Raises SpecError for what no engine could serve."""
@@ -126,8 +133,9 @@ class SimulatedEngine:
             if min(prompt, output) < 1 or prompt + output > longest:
                 allowed = f"at least 1 each, together at most max_model_len ({longest})"
                 raise SpecError(f"phase {number}: request: got {prompt} + {output} tokens; allowed: {allowed}")
-            if not arrival <= request.arrival_s < np.inf:
-                raise SpecError(f"phase {number}: arrival_s: got {request.arrival_s}; allowed: finite, not before {arrival}")
+            if not arrival <= request.arrival_s or phase.requests[0].arrival_s == np.inf:
+                allowed = f"not before {arrival}, of the first finite"
+                raise SpecError(f"phase {number}: arrival_s: got {request.arrival_s}; allowed: {allowed}")
             arrival, block = request.arrival_s, self._cost.calibration.block_size
             if (needed := -(-(prompt + output - 1) // block)) >= self._blocks:  # the last token generated is never cached
                 came = f"{prompt} + {output} tokens need {needed} KV blocks"
@@ -145,6 +153,7 @@ class SimulatedEngine:
         gaps, kinds = rows(2 * size, GAP), (False, jitter.decode_sigma is not None)  # who only decode may have their own sigma
         for last in (np.flatnonzero(np.diff(requests["phase"], append=-1)) + 1).tolist():
             requests["arrival_s"][first:last] += state["clock"]
+            state["coming"] = first + np.isfinite(requests["arrival_s"][first:last]).sum()
             first, why = last, FULL
             while why == FULL:
                 mixed, alone = (drawn_jitter(jitter, self._seed, size, kind) for kind in kinds)
@@ -167,17 +176,3 @@ def simulated_engine(settings: EngineSettings, seed: int) -> SimulatedEngine:
     if settings.calibration is None:
         raise SpecError(f"calibrations: got none for {settings.model}; allowed: a testbed that names one for the model")
     return SimulatedEngine(settings, load_calibration(settings.calibration), seed)
-
-
-def percentile(gaps: npt.NDArray[Any], share: float) -> float:
-    """numpy's percentile, linear, of gaps that so many saw alike, seconds; 0 of none."""
-    count = int(gaps["count"].sum())
-    if not count:
-        return 0.0
-    at = int((4 * share - 3) * len(gaps))
-    longest = gaps[gaps["seconds"] >= np.partition(gaps["seconds"], at)[at]]  # four times the share: they nearly always suffice
-    gaps = longest if longest["count"].sum() > (1 - share) * count + 1 else gaps
-    gaps = gaps[np.argsort(gaps["seconds"])]
-    reached, place = np.cumsum(gaps["count"]) + count - gaps["count"].sum(), share * (count - 1)
-    around = np.searchsorted(reached, [int(place), min(int(place) + 1, count - 1)], side="right")
-    return float(np.interp(place % 1, (0, 1), gaps["seconds"][around]))

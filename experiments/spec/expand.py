@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from experiments.records.errors import SpecError
 from experiments.spec.spec import EngineSettings, Figure, Panel, PrefillFigure, ServingFigure, Testbed, load_model, name_of
@@ -43,6 +44,28 @@ class LoadPoint:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """How a trial's requests are drawn of a trace, and when they arrive. As it is: those of Figure 9b.
+
+    poisson: see workload.poisson_arrivals. gamma: gaps of a gamma distribution with this CV (standard deviation over mean).
+    trace: as recorded, drawn again. closed: so many users, each of whom asks again when served. `again`: requests are drawn
+    with replacement, as from a sample of what comes.
+    """
+
+    arrivals: Literal["poisson", "gamma", "trace", "closed"] = "poisson"
+    number: float = 0.0  # gamma: CV; closed: users
+    again: bool = False
+
+    @property
+    def users(self) -> int:
+        """Of a closed loop, else 0."""
+        return round(self.number) if self.arrivals == "closed" else 0
+
+
+AS_PUBLISHED = Traffic()
+
+
+@dataclass(frozen=True)
 class Trial:
     """What a session runs and stores at a time: points in the order they are run."""
 
@@ -67,6 +90,7 @@ class Session:
     time_limit_s: float = 1800.0  # of a pass of 9a, which takes a minute at most; 9b states its own
     estimate_s: float = 0.0
     memory_gib: float = 0.0  # that it takes of its node
+    traffic: Traffic = AS_PUBLISHED  # of a serving figure
 
 
 def expand(

@@ -26,6 +26,7 @@ from experiments.records.provenance import PACKAGE
 from experiments.records.record import Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.spec.expand import AS_PUBLISHED, Traffic
 from experiments.spec.spec import STRICT, read_spec
 from experiments.spec.traces import MAX_TOKENS, Lengths, Trace, load_bench_result, load_trace
 
@@ -62,18 +63,57 @@ def poisson_arrivals(qps: float, count: int, seed: int) -> npt.NDArray[np.float6
     return np.cumsum([min(-math.log(1.0 - uniform()) / qps, longest) for _ in range(count)])  # adds one after the other
 
 
-def trace_lengths(trace: Trace, count: int, seed: int, max_total: int) -> tuple[Lengths, Lengths]:
-    """The first `count` (prompt, output) lengths in tokens of the shuffled trace, shape (count,) each.
+def arrival_times(traffic: Traffic, trace: Trace, qps: float, count: int, seed: int) -> npt.NDArray[np.float64]:
+    """Arrival times in seconds, shape (count,); infinity: as soon as another request is served.
+
+    Recorded and gamma gaps are scaled, all by one factor, so that their mean is the rate's. Raises SpecError.
+    """
+    if traffic.arrivals == "poisson":
+        return poisson_arrivals(qps, count, seed)
+    _check("arrivals", qps=(qps, 1e-6, 1e6), count=(count, 1, MAX_REQUESTS))
+    if traffic.users:
+        return np.where(np.arange(count) < traffic.users, 0.0, np.inf)
+    if traffic.arrivals == "gamma":
+        gaps = np.random.default_rng(seed).gamma(traffic.number**-2, size=count)
+    elif trace.arrivals is None or not trace.arrivals[-1]:
+        raise SpecError(f"TRACE: {trace.name}: got no arrival times; allowed: ARRIVALS=poisson, gamma:CV or closed:N")
+    else:
+        gaps = np.diff(trace.arrivals, prepend=-trace.arrivals[-1] / max(1, len(trace.arrivals) - 1))
+        gaps = gaps[drawn(traffic, len(gaps), count, seed)]
+    return np.asarray(np.cumsum(gaps) * (count / qps / max(float(gaps.sum()), 1e-300)))
+
+
+def drawn(traffic: Traffic, requests: int, count: int, seed: int) -> Lengths:
+    """Which of so many requests of a trace a trial serves, in its order, shape (count,).
+
+    As the original has it, pandas' sample(frac=1, random_state=seed), which is this permutation. `again`, in two stages: a
+    trace of the same length is drawn with replacement, then the trial from that, so that trials differ as traces do that might
+    have been recorded instead (bootstrap; Efron, 1979). Recorded arrivals stay with their requests, and these in blocks of an
+    eighth of the trace, so that bursts stay whole (circular blocks; Politis and Romano, 1992).
+    """
+    if not traffic.again:
+        return np.random.RandomState(seed).permutation(requests)[:count]
+    rng, block = np.random.default_rng(seed), min(count, -(-requests // 8)) if traffic.arrivals == "trace" else 1
+    starts = rng.choice(rng.integers(requests, size=-(-requests // block)), -(-count // block))
+    return np.asarray(((starts[:, None] + np.arange(block)) % requests).ravel()[:count])
+
+
+def trace_lengths(
+    trace: Trace, count: int, seed: int, max_total: int, traffic: Traffic = AS_PUBLISHED
+) -> tuple[Lengths, Lengths]:
+    """The (prompt, output) lengths in tokens of the requests that are drawn of the trace, shape (count,) each.
 
     Source: trace_request_length_generator.py. Where prompt + output exceeds `max_total` both lose their share of the excess,
-    rounded up, but keep one token; then pandas' sample(frac=1, random_state=seed), which is this permutation. Raises SpecError
-    for a count above the trace's length (the original dies there: a trace is never used twice).
+    rounded up, but keep one token. Raises SpecError for a count above the trace's length if it is not drawn again: the original
+    dies there, as a trace is never used twice.
     """
-    _check(trace.name, count=(count, 1, len(trace.prompt)), seed=(seed, 0, MAX_SEED), max_total=(max_total, 2, MAX_TOKENS))
+    most = MAX_REQUESTS if traffic.again else len(trace.prompt)
+    _check(trace.name, count=(count, 1, most), seed=(seed, 0, MAX_SEED), max_total=(max_total, 2, MAX_TOKENS))
+    rows = drawn(traffic, len(trace.prompt), count, seed)
     both = np.stack([trace.prompt, trace.output])
     total = both.sum(axis=0)
     share = np.ceil(np.maximum(total - max_total, 0) * (both / total)).astype(np.int64)
-    prompt, output = np.maximum(both - share, 1)[:, np.random.RandomState(seed).permutation(len(total))[:count]]
+    prompt, output = np.maximum(both - share, 1)[:, rows]
     return prompt, output
 
 
@@ -143,18 +183,21 @@ def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:
     write_whole(target, data)
 
 
-def serving_requests(trace: Trace, qps: float, count: int, seed: int, max_total: int, scale: int = 1) -> tuple[Request, ...]:
-    """The requests of one trial of Figure 9b; the same arrivals, lengths and prompts for every chunk size.
+def serving_requests(
+    trace: Trace, qps: float, count: int, seed: int, max_total: int, scale: int = 1, traffic: Traffic = AS_PUBLISHED
+) -> tuple[Request, ...]:
+    """The requests of one trial, of Figure 9b if nothing else is said; the same for every chunk size.
 
     A testbed's `scale` divides lengths, rounding up; prompt + output stays within max_total // scale. Raises SpecError.
     """
-    prompt, output = trace_lengths(trace, count, seed, max_total)
+    prompt, output = trace_lengths(trace, count, seed, max_total, traffic)
+    arrivals = arrival_times(traffic, trace, qps, count, seed)
     _check("serving_requests", scale=(scale, 1, max_total // 2))
     limit = max_total // scale
     output = np.minimum(-(-output // scale), limit - 1)
     prompt = np.minimum(-(-prompt // scale), limit - output)  # two roundings up can exceed the limit by one or two
     seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64) >> np.uint64(1)  # 63 bits: fits an int64 column
-    return tuple(map(Request, *(column.tolist() for column in (poisson_arrivals(qps, count, seed), prompt, output, seeds))))
+    return tuple(map(Request, *(column.tolist() for column in (arrivals, prompt, output, seeds))))
 
 
 def prompt_ids(request: Request, vocab_size: int) -> list[int]:

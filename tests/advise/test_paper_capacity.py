@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.advise import paper_capacity
-from analysis.advise.advice import TIE, Advice, Case, Option
+from analysis.advise.advice import TIE, Advice, Option
 from analysis.advise.capacity import WORDS, Latency, Setting
+from analysis.advise.case import Case
+from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
 from experiments.spec.spec import load_testbed
 from experiments.spec.workload import synthetic_trace
@@ -21,7 +23,7 @@ options = st.builds(
     st.builds(Setting, st.sampled_from([256, 512, 768, 1024, 2048]), st.sampled_from([32, 64, 128])),
     st.floats(0.1, 10.0),
     st.sampled_from(["tbt_p99", "delay_p50"]),
-    st.builds(Latency, st.floats(0.01, 1.0), st.floats(0.01, 9.0), st.floats(0.0, 2.0)),
+    st.builds(Latency, tbt_p99=st.floats(0.01, 1.0), ttft_p50=st.floats(0.01, 9.0), delay_p50=st.floats(0.0, 2.0)),
 )
 
 
@@ -32,7 +34,7 @@ def case() -> Case:
 
 @given(best=options, paper=options, beside=options)
 def test_the_why_does_not_contradict_its_numbers(case: Case, best: Option, paper: Option, beside: Option) -> None:
-    advice = Advice(Latency(0.1), None, "rate", best, (beside,), best.rate, best.rate, best.rate, (best.rate,))
+    advice = Advice(Question(Latency(tbt_p99=0.1)), best, (beside,), best.rate, best.rate, best.rate, (best.rate,))
     words = paper_capacity.explain(case, advice, paper)
     if paper.setting.budget == best.setting.budget:
         assert words.startswith("the paper's choice too; beside it ")
@@ -41,7 +43,7 @@ def test_the_why_does_not_contradict_its_numbers(case: Case, best: Option, paper
     gap = paper.rate / best.rate - 1
     assert f"({gap:+.1%})" in numbers
     assert all(
-        f"bound by {WORDS[option.bound_by]}, P99 TBT {1e3 * option.latency.tbt_p99:.0f} ms" in numbers
+        f"bound by {WORDS[option.bound_by]}, P99 TBT {1e3 * option.latency['tbt_p99']:.0f} ms" in numbers
         for option in (best, paper)
     )
     assert ("the same within" in why) == (abs(gap) <= TIE)

@@ -18,10 +18,14 @@ import pandas as pd
 import pytest
 from known_engine import KNOWN
 
+from analysis.advise import case as case_module
 from analysis.advise import paper_capacity, recommend
-from analysis.advise.advice import Advice, Case, Option
+from analysis.advise.advice import Advice, Confirmed, Option
 from analysis.advise.capacity import Latency, Setting
-from analysis.advise.recommend import case_of, serve_arguments
+from analysis.advise.case import Case
+from analysis.advise.question import Question
+from analysis.advise.recommend import case_of
+from analysis.advise.tell import serve_arguments, show_confirmed
 from experiments.cluster.trials import Load, load_sessions
 from experiments.engine.arguments import serving_arguments
 from experiments.engine.session import run_session, warm_up
@@ -50,20 +54,28 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case_module, "LEAST", 128)
+
+
 def ask(report: Path, trace: Path, *arguments: str, model: str = "mistral-7b") -> int:
     where = ["--testbed", "a100-sim", "--trace", str(trace), "--report", str(report), "--out", str(report)]
     return recommend.main([*where, "--model", model, *arguments])
 
 
 def test_recommendation(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask(tmp_path, trace, "--tbt", "0.1") == 0
+    assert ask(tmp_path, trace, "TBT_P99=0.1") == 0
     said = " ".join(capsys.readouterr().out.split())
     answer = json.loads((tmp_path / "recommend-a100-sim-mistral-7b.json").read_text())
     budget = answer["best"]["setting"]["budget"]
     assert f"mistral-7b: chunk size {budget}, at most 128 requests in a step" in said
     assert "trace mine.csv (file): 48 requests; prompt tokens P50" in said
     kernels = "a100-mistral-7b (Mistral-7B on 1 A100 80 GB SXM, kernels of vLLM 0.14.0)"
-    assert f"SIMULATED with calibration {kernels}, step times off by 2.8% on held-out data; 48 requests" in said
+    assert (
+        f"SIMULATED with calibration {kernels}, step times off by 2.8% on held-out data; {answer['requests']} requests" in said
+    )
+    assert f"trace mine.csv, drawn again of its 48 after {answer['warm_up']} left out, Poisson arrivals, 16 seeds" in said
     assert f"--max-num-batched-tokens {budget} --max-num-seqs 128 --max-model-len 8192" in said
     assert answer["simulated"] is True
     assert answer["low"] < answer["value"] < answer["high"]
@@ -72,27 +84,26 @@ def test_recommendation(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixtu
 
 
 def test_fixed_load(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask(tmp_path, trace, "--tbt", "0.1", "--qps", "1.5") == 0
-    assert "P50 TTFT" in capsys.readouterr().out
+    assert ask(tmp_path, trace, "TTFT_P50=2", "QPS=1.5") == 0
+    assert "P99 TBT" in capsys.readouterr().out
     answer = json.loads((tmp_path / "recommend-a100-sim-mistral-7b.json").read_text())
-    assert (answer["fixed_rate"], answer["goal"]) == (1.5, "ttft_p50")
+    assert answer["question"]["rate"] == 1.5
 
 
 @pytest.mark.parametrize(
     ("arguments", "model", "words"),
     [
-        (["--tbt", "0"], "mistral-7b", "TBT_P99: got '0'; allowed: a number above 0"),
-        (["--tbt", "-1"], "mistral-7b", "TBT_P99: got '-1'"),
-        (["--ttft", "nan"], "mistral-7b", "TTFT_P50: got 'nan'"),
-        (["--qps", "fast"], "mistral-7b", "QPS: got 'fast'"),
-        ([], "mistral-7b", "TBT_P99, TTFT_P50, QPS: got none"),
-        (["--tbt", "0.1"], "gpt-9", "MODEL: got 'gpt-9'; allowed on testbed a100-sim: mistral-7b, yi-34b"),
-        (["--tbt", "0.1"], "", "MODEL: got ''; allowed on testbed a100-sim: mistral-7b, yi-34b"),
-        (["--tbt", "0.001"], "yi-34b", "no chunk size keeps that, even one request at a time; the closest is"),
-        (["--ttft", "0.001"], "mistral-7b", "no chunk size keeps that, even one request at a time; the closest is"),
-        (["--tbt", "0.1", "--qps", "99"], "mistral-7b", "at 99 requests/s: no chunk size keeps that; the closest is"),
-        (["--tbt", "0.1", "--testbed", "moon"], "mistral-7b", "no such file; there are:"),
-        (["--tbt", "0.1", "--trace", "none.csv"], "mistral-7b", "none.csv: cannot be read"),
+        (["TBT_P99=0"], "mistral-7b", "TBT_P99: got '0'; allowed: seconds, or milliseconds as 300ms: a number above 0"),
+        (["TBT_P99=-1"], "mistral-7b", "TBT_P99: got '-1'"),
+        (["TTFT_P50=nan"], "mistral-7b", "TTFT_P50: got 'nan'"),
+        (["QPS=fast"], "mistral-7b", "QPS: got 'fast'"),
+        (["TBT_P99=0.1"], "gpt-9", "MODEL: got 'gpt-9'; allowed on testbed a100-sim: mistral-7b, yi-34b"),
+        (["TBT_P99=0.1"], "", "MODEL: got ''; allowed on testbed a100-sim: mistral-7b, yi-34b"),
+        (["TBT_P99=0.001"], "yi-34b", "no chunk size keeps that, even one request at a time; the closest is"),
+        (["TTFT_P50=0.001"], "mistral-7b", "no chunk size keeps that, even one request at a time; the closest is"),
+        (["TBT_P99=0.1", "QPS=99"], "mistral-7b", "at 99 requests/s: no chunk size keeps that; the closest is"),
+        (["TBT_P99=0.1", "--testbed", "moon"], "mistral-7b", "no such file; there are:"),
+        (["TBT_P99=0.1", "--trace", "none.csv"], "mistral-7b", "none.csv: cannot be read"),
     ],
 )
 def test_one_line_for_what_is_wrong(
@@ -115,7 +126,7 @@ def test_a_trace_of_one_token_outputs_is_refused_before_the_search(
     short.write_text("num_prefill_tokens,num_decode_tokens\n" + f"100,{output}\n" * 40)
     report = tmp_path / "report"
     where = ["--testbed", testbed, "--out", str(tmp_path), "--report", str(report), "--trace", str(short)]
-    assert recommend.main([*where, "--model", "mistral-7b", "--tbt", "0.1"]) == 2
+    assert recommend.main([*where, "--model", "mistral-7b", "TBT_P99=0.1"]) == 2
     came = f"at most {output} output token{'s'[: output > 1]} of a request, 1 on this testbed"
     assert f"error: TRACE: short.csv: got {came}; allowed: some with two there" in capsys.readouterr().err
     assert not report.exists()
@@ -123,7 +134,7 @@ def test_a_trace_of_one_token_outputs_is_refused_before_the_search(
 
 def test_a_trace_of_one_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.csv").write_text("num_prefill_tokens,num_decode_tokens\n100,10\n")
-    assert ask(tmp_path, tmp_path / "one.csv", "--tbt", "0.1") == 2
+    assert ask(tmp_path, tmp_path / "one.csv", "TBT_P99=0.1") == 2
     assert "TRACE: one.csv: got 1 request; allowed: at least 16" in capsys.readouterr().err
 
 
@@ -186,7 +197,7 @@ def test_capacity_of_the_papers_machines(tmp_path: Path, trace: Path, capsys: py
 def test_commands_speak_json_or_not_at_all(
     option: str, lines: int, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ask(tmp_path, trace, "--tbt", "0.1", option) == 0
+    assert ask(tmp_path, trace, "TBT_P99=0.1", option) == 0
     told = capsys.readouterr().out.splitlines()
     written = json.loads((tmp_path / "recommend-a100-sim-mistral-7b.json").read_text())
     assert [json.loads(line)["recommended"] for line in told] == [written["recommended"]] * lines
@@ -272,9 +283,9 @@ def test_loads_become_sessions() -> None:
 def test_measured_capacity() -> None:
     """P99 TBT doubles from 2 to 4 requests/s: 1.41 times the first is half way on the logarithm of both."""
     rows = pd.DataFrame({"rate": [1.0, 2.0, 4.0], "tbt_p99": [0.01, 0.02, 0.04], "ttft_p50": 0.1, "delay_p50": 0.0})
-    assert check_advice.measured_capacity(rows, Latency(0.02 * math.sqrt(2))) == pytest.approx(2 * math.sqrt(2))
-    assert math.isnan(check_advice.measured_capacity(rows, Latency(0.005)))
-    assert check_advice.measured_capacity(rows, Latency(1.0)) == 4.0
+    assert check_advice.measured_capacity(rows, Latency(tbt_p99=0.02 * math.sqrt(2))) == pytest.approx(2 * math.sqrt(2))
+    assert math.isnan(check_advice.measured_capacity(rows, Latency(tbt_p99=0.005)))
+    assert check_advice.measured_capacity(rows, Latency(tbt_p99=1.0)) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -286,11 +297,11 @@ def test_measured_capacity() -> None:
     ],
 )
 def test_what_is_said_of_the_measurements(kept: tuple[bool, bool], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    best = Option(Setting(512, 128), 2.0, "tbt_p99", Latency(0.1, 0.2, 0.0))
-    advice = Advice(Latency(0.1), None, "rate", best, (), 2.0, 1.9, 2.1, (2.0,))
-    seen = (1.8, 60, Latency(0.09, 0.21, 0.0), Latency(0.1, 0.2, 0.0))
-    found = [recommend.Confirmed(Setting(size, 128), *seen, ok) for size, ok in zip((512, 256), kept, strict=True)]
-    recommend.show_confirmed(advice, found)
+    best = Option(Setting(512, 128), 2.0, "tbt_p99", Latency(tbt_p99=0.1, ttft_p50=0.2))
+    advice = Advice(Question(Latency(tbt_p99=0.1)), best, (), 2.0, 1.9, 2.1, (2.0,))
+    seen = (1.8, 60, Latency(tbt_p99=0.09, ttft_p50=0.21, delay_p50=0.0), Latency(tbt_p99=0.1, ttft_p50=0.2))
+    found = [Confirmed(Setting(size, 128), *seen, ok) for size, ok in zip((512, 256), kept, strict=True)]
+    show_confirmed(advice, found)
     said = capsys.readouterr().out
     assert words in said
     assert "chunk size 512 at 1.8 requests/s: P50 TTFT 210.0 ms (simulated 200.0), P99 TBT 90.0 ms (simulated 100.0)" in said
@@ -316,7 +327,7 @@ def test_the_engine_has_the_last_word(
     monkeypatch.setattr(recommend, "problems", lambda *_: [])
     monkeypatch.setattr(recommend, "serve_loads", simulated_loads)
     monkeypatch.setattr(recommend, "TRIAL_SECONDS", 8.0)
-    assert ask(tmp_path, trace, "--tbt", "0.1", "--testbed", "a100") == 0
+    assert ask(tmp_path, trace, "TBT_P99=0.1", "--testbed", "a100") == 0
     said = capsys.readouterr().out
     assert said.count("measured here, ") == 3
     assert "confirmed: " in said
@@ -351,7 +362,7 @@ def test_advice_is_checked_on_the_engine(
 
 @pytest.mark.skipif(not problems(load_testbed("a100"), Path("/"), gpus()), reason="this machine has the GPUs")
 def test_a_machine_without_the_engine_says_so(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask(tmp_path, trace, "--tbt", "0.1", "--testbed", "a100") == 0
+    assert ask(tmp_path, trace, "TBT_P99=0.1", "--testbed", "a100") == 0
     assert "not measured: " in capsys.readouterr().out
 
 

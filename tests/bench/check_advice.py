@@ -11,19 +11,23 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
-from analysis.advise.advice import Advice, Case, advise
-from analysis.advise.capacity import DELAY_LIMIT_S, Latency, Search, Setting, latency
-from analysis.advise.recommend import case_of, confirm, settled, show_confirmed
+from analysis.advise.advice import Advice, advise, settled
+from analysis.advise.capacity import DELAY_LIMIT_S, Latency, Search, Setting
+from analysis.advise.case import Case
+from analysis.advise.question import SHOWN, Question
+from analysis.advise.recommend import case_of, confirm
+from analysis.advise.tell import show_confirmed
 from experiments.calibrate.here import calibrate, settings_of
 from experiments.cluster.trials import Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed
 from experiments.records.errors import SpecError
+from experiments.records.metrics import served_of
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, took
 from experiments.spec.spec import Testbed, load_figure
@@ -46,15 +50,16 @@ def measure(case: Case, testbed: Testbed, settings: Sequence[Setting], rates: Se
     sessions = load_sessions(base, loads, SECONDS, case.max_total, testbed.switch_chunk_size, most)
     found = serve_loads(sessions, case.trace)
     spent = time.monotonic() - began
-    rows = [{"seed": seed, "budget": load.budget, "rate": load.rate, **asdict(latency(record))} for load, record in found]
+    seen = ((load, Question().latency(served_of(record))) for load, record in found)
+    rows = [{"seed": seed, "budget": load.budget, "rate": load.rate, **latency} for load, latency in seen]
     return pd.DataFrame(rows).assign(engine_s=spent)
 
 
 def measured_capacity(rows: pd.DataFrame, limits: Latency) -> float:
     """Of one setting and seed: the rate where the worst ratio to a limit first exceeds 1, log-interpolated; NaN if always."""
     rows = rows.sort_values("rate")
-    seen = rows[["tbt_p99", "ttft_p50", "delay_p50"]].to_numpy().tolist()
-    excess = np.maximum.accumulate([Latency(*row).within(limits)[0] for row in seen])
+    seen = rows[[*SHOWN]].to_numpy().tolist()
+    excess = np.maximum.accumulate([Latency(zip(SHOWN, row, strict=True)).within(limits)[0] for row in seen])
     rates = np.log(rows["rate"].to_numpy())
     if excess[0] > 0:
         return math.nan
@@ -70,7 +75,7 @@ def targets_of(case: Case, search: Search, delay: float) -> list[float]:
     found = []
     for setting in case.settings_to_try()[0:6:2]:
         top = search.capacity(setting, Latency(delay_p50=delay), case.seeds[0])
-        found.append(ABOVE * search.serve(setting, top.rate, case.seeds[0]).tbt_p99)
+        found.append(ABOVE * search.serve(setting, top.rate, case.seeds[0])["tbt_p99"])
     return found
 
 
@@ -97,10 +102,10 @@ def judge(case: Case, testbed: Testbed, advice: Advice, table: pd.DataFrame) -> 
     began = time.monotonic()
     found = confirm(case, advice, testbed)
     spent = time.monotonic() - began
-    target = f"P99 TBT {1e3 * advice.limits.tbt_p99:.1f} ms"
+    target = f"P99 TBT {1e3 * advice.question.targets['tbt_p99']:.1f} ms"
     console.print(f"\n{target}: chunk size {advice.best.setting.budget}, {advice.value:.3g} requests/s simulated")
     show_confirmed(advice, found)
-    real = {key: measured_capacity(rows, advice.limits) for key, rows in table.groupby(["budget", "seed"])}
+    real = {key: measured_capacity(rows, advice.question.limits) for key, rows in table.groupby(["budget", "seed"])}
     means = pd.Series(real).fillna(0.0).groupby(level=0).mean()
     own, best = settled(advice, found).budget, int(str(means.idxmax()))
     ratio = float(means[own] / means[best]) if means[best] else 1.0
@@ -126,12 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate(*settings_of(testbed)[testbed.models[options.model]], testbed.testbed)
     spent = time.monotonic() - began
     case = case_of(testbed, options.model, trace)
-    search, delay = case.search(), DELAY_LIMIT_S / testbed.scale
+    search, delay = case.search(Question()), DELAY_LIMIT_S / testbed.scale
     sweep = case.settings_to_try()
     between = [Setting((a.budget + b.budget) // 2, a.max_batch) for a, b in pairwise(sweep)]
     sweep += between[: SIZES - len(sweep)]
     top = max(search.capacity(setting, Latency(delay_p50=delay), case.seeds[0]).rate for setting in sweep)
-    advised = [advise(case, search, Latency(target, delay_p50=delay)) for target in targets_of(case, search, delay)]
+    advised = [
+        advise(case, search, Question(Latency(tbt_p99=target), delay_s=delay)) for target in targets_of(case, search, delay)
+    ]
     settings = sorted({*sweep, *(advice.best.setting for advice in advised)})
     table = exhaustive(case, testbed, settings, top, options)
     judged = [judge(case, testbed, advice, table) for advice in advised]

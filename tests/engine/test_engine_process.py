@@ -41,7 +41,7 @@ def test_an_engine_that_dies_is_one_line(
     else:
         monkeypatch.setattr(recommend, "problems", lambda *_: [])
         where = ["--out", str(tmp_path), "--report", str(tmp_path / "report")]
-        status = recommend.main(["--testbed", "cpu", "--model", "yi-34b", "--tbt", "0.1", *where])
+        status = recommend.main(["--testbed", "cpu", "--model", "yi-34b", "TBT_P99=0.1", *where])
     assert status == 2
     error = capfd.readouterr().err
     log = next(tmp_path.glob("engine-*.log"))

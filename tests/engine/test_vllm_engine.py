@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -95,7 +96,7 @@ def _resident() -> int:
 
 
 def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
-    """1,000 requests at five times the saturation rate."""
+    """1,000 requests at five times the saturation rate; then 60 by 8 users in a closed loop."""
     tiny = dataclasses.replace(SMALL, model="tiny-tp2", max_budget=64, max_model_len=128)
     lengths = [(5 + 7 * n % 60, 1 + 5 * n % 12) for n in range(1000)]
 
@@ -104,10 +105,16 @@ def test_overload_loses_nothing_keeps_order_and_memory_flat() -> None:
         return Phase(64, tuple(Request(t, p, o, seed=n) for n, (t, (p, o)) in enumerate(zip(times, lengths, strict=False))))
 
     with engines([tiny]) as (run,):
-        saturation = saturation_throughput(run(serve, load(0.0, 200)))
+        saturation = saturation_throughput(run(serve, burst := load(0.0, 200)))
         memory = [_resident()]
         record = run(serve, load(5 * saturation, 1000))
         memory.append(_resident())
+        users = [
+            dataclasses.replace(request, arrival_s=0.0 if n < 8 else math.inf) for n, request in enumerate(burst.requests[:60])
+        ]
+        closed = run(serve, Phase(64, tuple(users)))
+    ends = closed.tokens.groupby("request")["time_s"].last().sort_values()
+    assert closed.requests["arrival_s"][8:].tolist() == pytest.approx(ends[:52].tolist(), abs=1e-6)  # one more for each served
     requests, steps = record.requests, record.steps
     assert len(requests) == 1000
     assert (requests["generated_tokens"] == requests["output_tokens"]).all()

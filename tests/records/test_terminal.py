@@ -174,15 +174,19 @@ def test_a_defect_of_ours_is_no_verdict(capsys: pytest.CaptureFixture[str]) -> N
         ),
         (
             "analysis.advise.recommend",
-            ["--model", "yi-34b", "--qps", "1e9"],
+            ["--model", "yi-34b", "QPS=1e9"],
             "QPS: got '1e9'; allowed: a number above 0, at most 1e+06",
         ),
         (
             "analysis.advise.recommend",
-            ["--model", "yi-34b", "--tbt", "1e308"],
-            "TBT_P99: got '1e308'; allowed: a number above 0, at most 1e+06",
+            ["--model", "yi-34b", "TBT_P99=1e308"],
+            "TBT_P99: got '1e308'; allowed: seconds, or milliseconds as 300ms: a number above 0, at most 1e+06",
         ),
-        ("analysis.advise.recommend", ["--tbt", "nan"], "TBT_P99: got 'nan'; allowed: a number above 0, at most 1e+06"),
+        (
+            "analysis.advise.recommend",
+            ["TBT_P99=nan"],
+            "TBT_P99: got 'nan'; allowed: seconds, or milliseconds as 300ms: a number above 0, at most 1e+06",
+        ),
         ("analysis.advise.recommend", ["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
@@ -239,7 +243,7 @@ def limited(kilobytes: int) -> Callable[[], None]:
         ("analysis.show.report", [], 20, "fig9a-a100-sim"),
         ("analysis.judge.archive", ["--target", "REPORT/package.zip"], 50, "package.zip"),
         ("analysis.advise.paper_capacity", [], 1, "capacity-a100"),
-        ("analysis.advise.recommend", ["--testbed=a100-sim", "--model=yi-34b", "--tbt=0.5"], 1, "recommend-a100-sim-yi-34b"),
+        ("analysis.advise.recommend", ["--testbed=a100-sim", "--model=yi-34b", "TBT_P99=0.5"], 1, "recommend-a100-sim-yi-34b"),
     ],
 )
 def test_a_full_disk_leaves_no_half_output_and_is_named(

@@ -104,7 +104,7 @@ def test_a_damaged_calibration_of_this_machine_stops_what_rests_on_it_and_no_est
     said = capsys.readouterr().out
     assert said.count("estimated without this machine's calibration: ") == 2  # one for each model
     assert "(a guess for mistral-7b; a guess for yi-34b-200k)" in said
-    asked = ["--testbed", "cpu", "--model", "mistral-7b", "--tbt", "0.1", "--out", str(tmp_path), "--report", str(tmp_path)]
+    asked = ["--testbed", "cpu", "--model", "mistral-7b", "TBT_P99=0.1", "--out", str(tmp_path), "--report", str(tmp_path)]
     assert recommend.main(asked) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "cpu-mistral-7b-w8.yaml") in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from scipy.stats import ks_2samp
 from experiments.records.errors import SpecError
 from experiments.records.record import Request
 from experiments.spec import traces, workload
+from experiments.spec.expand import Traffic
 from experiments.spec.spec import read_spec
 
 ORIGINAL = Path(__file__).parents[3] / "shared" / "data" / "sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
@@ -468,3 +471,56 @@ def test_a_vocabulary_without_room_is_refused() -> None:
     with pytest.raises(SpecError) as error:
         workload.prompt_ids(Request(0.0, 4, 1), 3)
     one_line(error, "vocab_size: got 3; allowed: 4")
+
+
+RECORDED = np.array([0.0, 0.0, 1.0, 1.5, 9.5, 10.0])
+
+
+def recorded_trace(arrivals: np.ndarray = RECORDED) -> traces.Trace:
+    trace = trace_of([(100 + n, 10 + n) for n in range(len(arrivals))])
+    return dataclasses.replace(trace, arrivals=arrivals)
+
+
+@given(count=st.integers(1, 400), seed=st.integers(0, 99), kind=st.sampled_from(["gamma", "trace"]), qps=st.floats(0.01, 100))
+def test_the_rate_is_kept_to_the_last_arrival(count: int, seed: int, kind: Any, qps: float) -> None:
+    traffic = Traffic(kind, 3.0, again=True)
+    arrivals = workload.arrival_times(traffic, recorded_trace(np.arange(50.0)), qps, count, seed)
+    assert arrivals.shape == (count,)
+    assert (np.diff(arrivals) >= 0).all()
+    assert arrivals[-1] == pytest.approx(count / qps)
+
+
+@pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])
+def test_gamma_gaps_have_the_cv_asked_for(cv: float) -> None:
+    gaps = np.diff(workload.arrival_times(Traffic("gamma", cv), recorded_trace(), 2.0, 100_000, 1))
+    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.03)
+
+
+def test_in_a_closed_loop_the_users_come_at_once() -> None:
+    assert workload.arrival_times(Traffic("closed", 2), recorded_trace(), 5.0, 4, 1).tolist() == [0, 0, math.inf, math.inf]
+
+
+def test_recorded_gaps_stay_with_their_requests_and_in_their_order() -> None:
+    """In blocks of an eighth of the trace; the first gap, which was not recorded, is the mean of the others."""
+    recorded = np.cumsum(np.arange(1.0, 81.0)) - 1.0
+    requests = workload.serving_requests(recorded_trace(recorded), 1.0, 80, 7, 8192, traffic=Traffic("trace", again=True))
+    gaps = np.diff([request.arrival_s for request in requests], prepend=0.0)
+    places = np.array([request.prompt_tokens - 100 for request in requests])
+    known = np.concatenate([[recorded[-1] / 79], np.diff(recorded)])[places]
+    assert gaps == pytest.approx(known * 80 / known.sum())
+    assert (np.diff(places.reshape(8, 10)) % 80 == 1).all()
+
+
+def test_without_times_there_are_no_recorded_arrivals() -> None:
+    said = r"TRACE: made\.csv: got no arrival times; allowed: ARRIVALS=poisson, gamma:CV or closed:N"
+    for trace in (trace_of([(1, 1)] * 20), recorded_trace(np.zeros(20))):
+        with pytest.raises(SpecError, match=said):
+            workload.arrival_times(Traffic("trace", again=True), trace, 1.0, 20, 1)
+
+
+def test_a_trial_drawn_again_differs_from_the_trace_as_another_trace_would() -> None:
+    """The mean of 1,000 requests drawn of 25: its spread over seeds is that of means of 25, not of 1,000."""
+    trace = trace_of([(n + 1, 1) for n in range(25)])
+    means = [workload.trace_lengths(trace, 1000, seed, 8192, Traffic(again=True))[0].mean() for seed in range(400)]
+    assert np.mean(means) == pytest.approx(13.0, abs=0.25)
+    assert np.std(means) == pytest.approx(trace.prompt.std() * math.sqrt(1 / 25 + 1 / 1000), rel=0.12)

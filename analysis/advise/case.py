@@ -1,0 +1,142 @@
+"""What is simulated: a model on a machine under a user's traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+
+import numpy as np
+
+from analysis.advise.capacity import Search, Setting
+from analysis.advise.question import Question
+from experiments.records.metrics import Served
+from experiments.records.record import Phase
+from experiments.simulator.calibration import Calibration
+from experiments.simulator.scheduler import Rows
+from experiments.simulator.simulator import SimulatedEngine
+from experiments.spec.expand import Session, Traffic
+from experiments.spec.spec import EngineSettings
+from experiments.spec.traces import Trace
+from experiments.spec.workload import serving_requests
+
+LEAST = 1024  # requests of a trial, at first
+SEEDS_AGAIN = 16  # where a trace is drawn again: they tell how far it is from the traffic that it is a sample of
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a machine, as `session` has them, under a user's requests.
+
+    `requests`: how many a simulation serves; `max_total`: prompt + output in the trace's tokens, before the session's scale.
+    """
+
+    session: Session
+    calibration: Calibration
+    trace: Trace = field(repr=False)
+    requests: int
+    max_total: int
+    seeds: tuple[int, ...]
+    warm_up: int = 0  # more requests, that come first and are left out
+    hit: float = 0.0  # of each prompt, found in a prefix cache
+
+    def lasting(self, requests: int) -> Case:
+        """With trials of so many requests, after a warm-up: an eighth as many, and all who begin a closed loop at once."""
+        return replace(self, requests=requests, warm_up=max(requests // 8, 2 * self.session.traffic.users))
+
+    @property
+    def sampled(self) -> float:
+        """Where a trace is drawn again: of the variance over seeds, the share that is due to the trace, a sample as well."""
+        return self.requests / (self.requests + len(self.trace.prompt)) if self.session.traffic.again else 0.0
+
+    @property
+    def model(self) -> str:
+        """The figure's name of it."""
+        return self.session.model
+
+    @property
+    def settings(self) -> EngineSettings:
+        """Of the engine; chunk size and batch are what is looked for."""
+        return self.session.engine
+
+    def search(self, question: Question) -> Search:
+        """Capacities by simulation, of loads and latencies as they are asked for."""
+        return Search(lambda setting, rate, seed: question.latency(self.served(setting, rate, seed)))
+
+    @cached_property
+    def served(self) -> Callable[[Setting, float, int], Served]:
+        """What the requests see, simulated: setting, rate in requests/s, seed."""
+
+        @cache
+        def engine(max_batch: int, seed: int) -> SimulatedEngine:
+            settings = replace(self.settings, max_batch=max_batch, max_budget=self.settings.max_model_len)
+            return SimulatedEngine(settings, self.calibration, seed)
+
+        @cache
+        def asked(seed: int) -> Rows:
+            count, session = self.warm_up + self.requests, self.session
+            drawn = serving_requests(self.trace, 1.0, count, seed, self.max_total, session.scale, session.traffic)
+            rows = engine(self.settings.max_batch, seed).requests(Phase(1, drawn))
+            rows["cached_tokens"] = np.minimum(self.hit * rows["prompt_tokens"], rows["prompt_tokens"] - 1)
+            rows["computed"] = rows["cached_tokens"]
+            return rows
+
+        def serve(setting: Setting, rate: float, seed: int) -> Served:
+            requests = asked(seed).copy()  # all arrivals by a factor sooner or later, as serving_requests draws them
+            requests["arrival_s"] /= rate
+            requests["budget"] = setting.budget
+            return engine(setting.max_batch, seed).served(requests, self.warm_up)
+
+        return serve
+
+    def settings_to_try(self) -> list[Setting]:
+        """Chunk sizes that double from twice the most requests in a step, so that decodes leave half of it, to unchunked."""
+        batch, last = self.settings.max_batch, self.settings.max_model_len
+        sizes = [batch * 2**n for n in range(1, (last // batch).bit_length()) if batch * 2**n < last]
+        return [Setting(size, batch) for size in (*sizes, last)]
+
+    def beside(self, setting: Setting) -> set[Setting]:
+        """The settings next to this one: chunk sizes half an octave apart, most requests in a step an octave."""
+        base, most = self.settings.max_batch, max(self.settings.max_model_len, self.calibration.valid.tokens)
+        octaves = [base * 2.0**n for n in range(-base.bit_length(), (most // base).bit_length())]
+        sizes = {int(size * part) for size in octaves for part in (1, 1.5)} | {self.settings.max_model_len, setting.budget}
+        near = [setting.budget, *around(setting.budget, sorted(sizes))]
+        batches = [setting.max_batch, setting.max_batch // 2, 2 * setting.max_batch]
+        pairs = {Setting(size, batch) for size in near for batch in batches if 1 <= batch <= base and 2 * batch <= size <= most}
+        return pairs - {setting}
+
+
+def under(case: Case, question: Question) -> Case:
+    """The case in the traffic that is asked about, as recorded where that is known. A user's own requests are drawn again."""
+    trace, first = case.trace, case.seeds[0]
+    recorded = trace.arrivals is not None and trace.arrivals[-1] > 0
+    traffic = question.traffic or Traffic("trace" if recorded else "poisson")
+    if traffic.arrivals == "trace" or trace.kind == "file":
+        case = replace(case, seeds=tuple(range(first, first + SEEDS_AGAIN)))
+        traffic = replace(traffic, again=True)
+    return replace(case, session=replace(case.session, traffic=traffic), hit=question.hit).lasting(LEAST)
+
+
+def around(budget: int, tried: Sequence[int]) -> list[int]:
+    """The chunk sizes of the sweep that are next to this one."""
+    return [*[size for size in tried if size < budget][-1:], *[size for size in tried if size > budget][:1]]
+
+
+def evidence(case: Case) -> str:
+    """What a simulated answer rests on."""
+    error = f"step times off by {case.calibration.error.held_out:.1%} on held-out data"
+    again = f", drawn again of its {len(case.trace.prompt)}" if case.session.traffic.again else ""
+    left = f" after {case.warm_up} left out" if case.warm_up else ""
+    served = f"{case.requests} requests of trace {case.trace.name}{again}{left}, {arriving(case)}, {len(case.seeds)} seeds"
+    hit = f"; HIT={case.hit:g}: so much of every prompt is found in the prefix cache" if case.hit else ""
+    return f"SIMULATED with calibration {case.calibration.calibration} ({case.calibration.title}), {error}; {served}{hit}"
+
+
+def arriving(case: Case) -> str:
+    """How the requests arrive, in words."""
+    traffic, arrivals = case.session.traffic, case.trace.arrivals
+    if traffic.arrivals == "trace" and arrivals is not None:
+        gaps = np.diff(arrivals)
+        return f"arrivals as recorded (CV of the gaps {gaps.std() / gaps.mean():.3g})"
+    known = {"gamma": f"gamma arrivals (CV {traffic.number:g})", "closed": f"{traffic.users} users in a closed loop"}
+    return known.get(traffic.arrivals, "Poisson arrivals")

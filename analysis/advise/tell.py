@@ -1,0 +1,162 @@
+"""The answer in words, for machines, as a command to paste and as a picture."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.advise.advice import Advice, Confirmed, Option, settled
+from analysis.advise.capacity import TARGETS, WORDS, Latency, Search, Setting, curve
+from analysis.advise.case import Case, evidence
+from analysis.show.plots import save
+from analysis.show.plots_advice import capacity_figure
+from experiments.engine.arguments import command_line, serving_arguments, serving_environment
+from experiments.records import terminal
+from experiments.records.metrics import NAMES
+from experiments.records.terminal import console
+from experiments.spec.spec import MODELS, read_yaml
+
+TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
+
+
+def serve_arguments(case: Case, setting: Setting) -> str:
+    """What to paste into a shell: `vllm serve` with everything that the answer rests on, as our own engine is started."""
+    source = re.search(r"config\.json of (\S+)", str(read_yaml(MODELS / f"{case.settings.model}.json")["_source"]))
+    settings = replace(case.settings, max_budget=setting.budget, max_batch=setting.max_batch)
+    variables = [f"{name}={value}" for name, value in serving_environment(settings).items()]
+    options = serving_arguments(settings) | {"enable_prefix_caching": bool(case.hit)}
+    words = ["vllm", "serve", source[1] if source else "MODEL", *command_line(options)]
+    return " ".join([*variables, shlex.join(words)])
+
+
+def show(case: Case, advice: Advice) -> None:
+    """Print the answer in words, and the options beside the best as a table."""
+    best, question = advice.best, advice.question
+    what = f"{case.model}: chunk size {best.setting.budget}, at most {best.setting.max_batch} requests in a step"
+    many = f"95 % interval {advice.low:.3g} to {advice.high:.3g}"
+    if not question.load:
+        words = f"{advice.value:.3g} requests/s ({many}) with {question}; {WORDS[best.bound_by]} forbids more"
+    else:
+        words = f"{WORDS[question.goal]} {advice.value:.3g} s ({many}) with {question} {question.load}"
+    names = [name for name in dict.fromkeys((*NAMES, *question.targets, question.goal)) if name in TARGETS]
+    columns = (f"{WORDS[name]} ms" for name in names)
+    view = terminal.table("chunk", "batch", "QPS", "to best", "bound by", *columns)
+    for option in sorted((best, *advice.neighbours), key=lambda option: option.setting):
+        kept = f"{option.rate:.3g}" if option.rate else "no"
+        cost = f"{option.rate / best.rate - 1:+.0%}" if not question.load else ""
+        numbers = [f"{1e3 * option.latency[name]:.0f}" for name in names]
+        view.add_row(str(option.setting.budget), str(option.setting.max_batch), kept, cost, WORDS[option.bound_by], *numbers)
+    console.print(f"\n{what}: {words}", style="bold")
+    console.print(view, soft_wrap=False)
+    keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"
+    console.print(f"SIMULATED; {keys}, seed {case.seeds[0]}")
+    if len(classes := ttft_by_prompt(case, best)) > 1:
+        parts = (
+            f"to {row['to']:,.0f} tokens ({row['share']:.0%}) P50 {row['p50']:.3g}, P99 {row['p99']:.3g}" for row in classes
+        )
+        console.print(f"TTFT there by length of prompt, s: {'; '.join(parts)}")
+    console.print(f"evidence: {evidence(case)}")
+    console.print(f"paste: {serve_arguments(case, best.setting)}")
+
+
+def ttft_by_prompt(case: Case, option: Option) -> list[dict[str, float]]:
+    """By prompts of up to 64, 256, 1,024 tokens and so on: the share of requests and their TTFT (s), at the option's rate by
+    the first seed; classes of 1 % and more. Short requests behind long prompts show in no percentile of all."""
+    seen = case.served(option.setting, option.rate, case.seeds[0]).requests
+    tokens = seen["prompt_tokens"] * case.session.scale
+    table = pd.DataFrame({"to": 4 ** np.maximum(3, np.ceil(np.log2(tokens) / 2)).astype(int), "ttft": seen["ttft"]})
+    found = table.groupby("to")["ttft"].agg(share="size", p50="median", p99=lambda own: own.quantile(0.99)).reset_index()
+    found["share"] /= len(table)
+    return [dict(zip(map(str, found), map(float, row), strict=True)) for row in found[found["share"] >= 0.01].to_numpy()]
+
+
+def show_confirmed(advice: Advice, found: Sequence[Confirmed]) -> None:
+    """Print what was measured, and which setting it speaks for."""
+    for entry in found:
+        one, two = entry.measured, entry.simulated
+        both = ((words, 1e3 * one[name], 1e3 * two[name]) for name, words in NAMES.items())
+        pairs = ", ".join(f"{name} {measured:.1f} ms (simulated {simulated:.1f})" for name, measured, simulated in both)
+        kept = "kept" if entry.kept else f"NOT kept, for {WORDS[one.within(advice.question.limits)[1]]}"
+        load = f"chunk size {entry.setting.budget} at {entry.rate:.3g} requests/s"
+        console.print(f"measured here, {entry.requests} requests: {load}: {pairs}: {kept}")
+    final = settled(advice, found)
+    if not any(entry.kept for entry in found):
+        words = "no; none kept the targets on the engine, so take less load or looser targets"
+    elif final == advice.best.setting:
+        words = f"chunk size {final.budget} kept the targets on the engine"
+    else:
+        words = f"no; take chunk size {final.budget}, which kept them at the highest load of those measured"
+    console.print(f"confirmed: {words}")
+
+
+def finite(value: Any) -> Any:
+    """For JSON, which has no infinity: null."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if value == math.inf else value
+
+
+def facts(case: Case, advice: Advice) -> dict[str, Any]:
+    """The answer for machines: everything that was printed and what it rests on."""
+    return {
+        "model": case.model,
+        "settings": asdict(case.settings),
+        "simulated": True,
+        "calibration": case.calibration.calibration,
+        "calibration_error": asdict(case.calibration.error),
+        "trace": {"name": case.trace.name, "kind": case.trace.kind, "sha256": case.trace.sha256},
+        "requests": case.requests,
+        "seeds": case.seeds,
+        "warm_up": case.warm_up,
+        "traffic": asdict(case.session.traffic),
+        "scale": case.session.scale,
+        "ttft_by_prompt": ttft_by_prompt(case, advice.best),
+        "vllm_serve": serve_arguments(case, advice.best.setting),
+        **finite(asdict(advice)),
+    }
+
+
+def marks(case: Case, advice: Advice) -> dict[str, Any]:
+    """The answer as a point of the capacity figure."""
+    row = {"model": case.model, "target": advice.question.limits.get("tbt_p99", math.inf), "capacity": advice.value}
+    return row | {"low": advice.low, "high": advice.high, "label": str(advice.best.setting.budget)}
+
+
+def curves(case: Case, search: Search, settings: Sequence[Setting], limits: Latency, targets: Sequence[float]) -> pd.DataFrame:
+    """Capacity near P99 TBT `targets` (s), from a quarter of the least to twice the most, one curve per setting:
+
+    model, chunk_size, target, capacity (requests/s).
+    """
+    tables, near, around = [], 1.0, np.geomspace(min(targets) / 4, 2 * max(targets), TARGETS_SHOWN).tolist()
+    for setting in settings:
+        found = curve(search, setting, limits, case.seeds[0], around, near)
+        near = max((rate for rate in found if rate > 0), default=near)
+        values = {"model": case.model, "chunk_size": setting.budget, "target": around, "capacity": found}
+        tables.append(pd.DataFrame(values))
+    return pd.concat(tables, ignore_index=True)
+
+
+def draw(case: Case, search: Search, advice: Advice, where: str, path: Path) -> list[Path]:
+    """The capacity figure of one model with the answer in it; none of a closed loop, or without time between tokens."""
+    question = advice.question
+    if question.users or not advice.best.latency["tbt_p99"]:
+        return []
+    target = question.limits.get("tbt_p99", advice.best.latency["tbt_p99"])
+    given = "tbt_p99" in question.limits
+    settings = sorted({*case.settings_to_try(), advice.best.setting})
+    table = curves(case, search, settings, question.limits, [target])
+    points = pd.DataFrame([marks(case, advice)]).head(1 if given and not question.load else 0)
+    what = f"capacity on {where}; {question}; trace {case.trace.name}"
+    lines = {case.model: {"target": target}} if given else {}
+    title = f"SIMULATED ({case.calibration.calibration}): {what}"
+    return save(capacity_figure(table, title, lines, points, case.settings.max_model_len), path)[:1]
