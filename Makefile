@@ -39,10 +39,10 @@ ALL ?=##             1: in make verify, a claim that was not run counts as INCON
 FIGURE ?= fig9a##    in make plan: a figure's name, or a YAML file
 TRIAL ?=##           in make export: a trial's folder, .../trials/SESSION/TRIAL
 PYTHON ?= python3##  the Python that makes the virtual environment; 3.11 or 3.12
-IN ?= $(if $(filter-out 0,$(HAS_GPU)),$(if $(HAS_DOCKER),docker,host),host)##     docker or host: where targets run; default: docker if an NVIDIA GPU and docker are there
+IN ?= $(if $(and $(HAS_GPU),$(HAS_DOCKER),$(if $(HAS_PYTHON),$(and $(MEASURING),$(filter cuda,$(ENGINE))),1)),docker,host)##     docker or host: where targets run; default: docker for an engine on a GPU where docker is there, and without Python
 DOCKER ?= docker##   docker or podman
-TARGET ?= cuda##   the image: cuda or cpu
-GPUS ?= $(if $(filter cuda,$(TARGET)),--gpus all)##     how a container gets the GPUs; CDI and podman: --device nvidia.com/gpu=all
+TARGET ?= $(if $(filter cpu,$(PLATFORM)),cpu,cuda)##   the image: cuda or cpu; default: what TESTBED needs
+GPU_FLAGS ?= $(if $(filter cuda,$(TARGET)),--gpus all)##     how a container gets the GPUs; CDI and podman: --device nvidia.com/gpu=all
 SHM ?= $(if $(filter cuda,$(TARGET)),--ipc=host,--shm-size=1g)##      its shared memory
 ULIMITS ?= $(if $(filter cuda,$(TARGET)),--ulimit memlock=-1 --ulimit stack=67108864)##  its limits
 NETWORK ?= $(if $(RAY_ADDRESS),host,none)##  its network; default: none, host with RAY_ADDRESS
@@ -56,6 +56,7 @@ BUILD_FLAGS ?=##  more flags for docker build
 IMAGE_DISK ?= $(if $(filter cuda,$(TARGET)),40,10)##  GiB that must be free before make image builds for the first time
 PYTEST ?=##    arguments for pytest, in make test, test-cluster and test-image
 KILLS ?= 200##  how many, in make torture
+FULL ?=##      1: in make test-image, the cuda image with its real wheels; 32 GiB of disk, not in CI
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_LINKS ?= $(or $(PIP_FIND_LINKS),$(TORCH_INDEX)/torch/)
@@ -84,48 +85,67 @@ ONE_OF = $(if $(filter $2,$(subst $(TAB),_,$(subst $(SPACE),_,$3))),,$(error $1:
 ON := 1 yes true on
 OFF := 0 no false off
 IS_ON = $(filter $(ON),$($1))
-$(foreach v,QUIET JSON ALL,$(if $($v),$(call ONE_OF,$v,$(ON) $(OFF),$($v))))
+$(foreach v,QUIET JSON ALL FULL,$(if $($v),$(call ONE_OF,$v,$(ON) $(OFF),$($v))))
 $(foreach v,TESTBED OUT FIGURE PYTHON KILLS TORCH_INDEX,$(if $(strip $($v)),,$(error $v: got nothing; without it the default holds)))
 $(call ONE_OF,TARGET,cuda cpu,$(TARGET))
 $(call ONE_OF,DOCKER,docker podman,$(notdir $(subst $(SPACE),_,$(DOCKER))))
 SECRET := RAY_AUTH_TOKEN
-$(if $(call IS_ON,QUIET),,$(foreach v,$(SILENT),$(warning $v: taken from the environment$(if $(filter-out $(SECRET),$v),: $($v)))))
+$(if $(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(SILENT),$(warning $v: taken from the environment$(if $(filter-out $(SECRET),$v),: $($v)))))
 QUOTED = '$(subst ','\'',$1)'
 
-VENV := .venv
-PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes --only-binary :all:
-DONE = echo "setup: done in $$SECONDS s" >&2
-# As pip does it, but on two cores and without what is hardly ever imported: 25 s less.
-COMPILE := $(PY) -m compileall -q -j 2 -x '/tests?/|transformers/models/' $(VENV)/lib >/dev/null 2>&1 || true
-HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+HAS_GPU := $(filter-out 0,$(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true))
 HAS_DOCKER := $(shell command -v $(call QUOTED,$(DOCKER)) 2>/dev/null)
-$(call ONE_OF,IN,docker host,$(IN))
+HAS_PYTHON := $(if $(HAS_GPU),$(shell $(call QUOTED,$(PYTHON)) -c 'import sys; print(*[1] * (sys.version_info >= (3, 11)))' 2>/dev/null))
+# What may start an engine. All else runs in .venv on this host, as a simulation does, whatever GPUs are here.
+MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate recommend check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
+ASKED := $(if $(filter IN,$(GIVEN)),$(IN))
+# Where there is a GPU doctor says what auto stands for, before anything else is set up: make reads its answer and starts anew.
+ifneq ($(and $(MEASURING),$(HAS_GPU),$(filter auto,$(TESTBED)),$(if $(filter docker,$(ASKED)),,1),$(or $(HAS_PYTHON),$(if $(HAS_DOCKER),,1))),)
+include .venv/chosen.mk
+ifdef MAKE_RESTARTS
+override TESTBED := $(CHOSEN)
+else
+CHOOSING := 1
+.venv/chosen.mk: .venv/core.stamp FORCE
+	@.venv/bin/python -m experiments.machine.doctor --choose $(if $(call IS_ON,QUIET),--quiet) >$@
+FORCE:
+endif
+endif
 # What a testbed needs goes by what it is, not by its name; one that is not there needs nothing.
 TESTBED_FILE := $(if $(filter %.yaml,$(lastword $(TESTBED))),$(TESTBED),experiments/spec/testbeds/$(TESTBED).yaml)
 PLATFORM := $(shell test ! -f $(call QUOTED,$(TESTBED_FILE)) || \
 	sed -n 's/^platform: *["'\'']*\([a-z]*\).*/\1/p' -- $(call QUOTED,$(TESTBED_FILE)) 2>/dev/null)
-ENGINE := $(if $(filter auto,$(TESTBED))$(filter cpu cuda,$(PLATFORM)),$(if $(filter-out 0,$(HAS_GPU)),cuda,cpu),core)
+# Without a GPU the engine of a cuda testbed runs on other nodes of the cluster; the driver needs Ray, not CUDA.
+ENGINE := $(if $(CHOOSING),core,$(or $(filter cpu cuda,$(PLATFORM)),$(if $(filter auto,$(TESTBED)),$(if $(HAS_GPU),cuda,cpu),core)))
+ifneq ($(and $(RAY_ADDRESS),$(if $(HAS_GPU),,1)),)
+ENGINE := $(ENGINE:cuda=cpu)
+endif
+$(call ONE_OF,IN,docker host,$(IN))
 SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
 # What is asked of make recommend alone.
 QUESTION := $(foreach kind,TTFT TBT TPOT E2E,$(foreach p,50 90 95 99,$(kind)_P$p)) GOODPUT QPS CONCURRENCY ARRIVALS HIT
-$(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET),,$(foreach v,$(filter $(QUESTION),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
+$(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(QUESTION),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
 WITH_TRACE = $(if $(TRACE),--trace="$$TRACE")
-RUN = $(PY) -m experiments.run --testbed="$$TESTBED" --out="$$OUT" $(if $(REPLICATES),--replicates="$$REPLICATES") \
+RUN = -m experiments.run --testbed="$$TESTBED" --out="$$OUT" $(if $(REPLICATES),--replicates="$$REPLICATES") \
 	$(WITH_TRACE) $(SAY)
 # The testbed that auto stands for is chosen once, by the run: the table is that of its bags.
 define MEASURE
 @mkdir -p artifacts/report; bags=$$(mktemp artifacts/report/.bags-XXXXXX); trap 'rm -f "$$bags"' EXIT; \
-$(RUN) --bags="$$bags" -- $@; $(PY) -m analysis.show.summary --runs="$$OUT" --bags="$$bags" $(SAY) -- $@
+$(ENGINE_PY) $(RUN) --bags="$$bags" -- $@; $(ENGINE_PY) -m analysis.show.summary --runs="$$OUT" --bags="$$bags" $(SAY) -- $@
 endef
 
-.PHONY: help
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' Makefile) # what help lists is no file
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@printf '\nvariables\n'
 	@awk -F' *[?]=|## *' '/^[A-Z0-9_]+ [?]=.*##/ {printf "  %-19s %s\n", $$1, $$3}' Makefile
 
-# Two makes at once would install into one environment: the second waits, and says so.
+# How an environment is made in its folder: $(@D). The second of two makes at once waits, and says so.
+MADE = test -x $(@D)/bin/python || "$$PYTHON" -m venv $(@D)
+PIP = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes --only-binary :all:
+# Compiled as pip does it, but on two cores and without what is hardly ever imported: 25 s less.
+DONE = { $(@D)/bin/python -m compileall -q -j 2 -x '/tests?/|transformers/models/' $(@D)/lib >/dev/null 2>&1 || true; }; \
+	touch $@; echo "setup: done in $$SECONDS s" >&2
 LOCK = exec 9>.setup.lock; flock -n 9 || { \
 	echo "setup: another make is setting up here; waiting for it" >&2; flock 9; test ! $@ -nt $< || exit 0; };
 
@@ -144,15 +164,14 @@ define BUILD
 @mkdir -p .image && touch $(BUILT)
 endef
 
-.PHONY: image
 image: ## build the image of TARGET: cuda (30 GB by estimate) or cpu
 	$(BUILD)
 
 $(BUILT): docker/Dockerfile docker/install-system.sh docker/install-python.sh docker/entrypoint.sh \
 	docker/core.lock docker/$(TARGET).lock
+	@docker/preflight.sh host
 	$(BUILD)
 
-.PHONY: preflight
 preflight: $(BUILT)
 	@docker/preflight.sh run
 
@@ -161,191 +180,166 @@ ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flip
 override IN := host
 else
 export TESTBED REPLICATES OUT BAG MODEL $(QUESTION) FIGURE TRIAL
-export DOCKER IMAGE TARGET GPUS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS BUILD_FLAGS IMAGE_DISK SOURCE NODE_IP
+export DOCKER IMAGE TARGET GPU_FLAGS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS BUILD_FLAGS IMAGE_DISK SOURCE NODE_IP
 export $(foreach v,RAY_ADDRESS RAY_AUTH_TOKEN,$(if $($v),$v))
+# Where an engine on a GPU would run: doctor asks nothing of this host that the image brings.
+export ARTIFACT_ENGINE := $(if $(and $(HAS_GPU),$(HAS_DOCKER),$(if $(filter host,$(ASKED)),,1)),image)
 endif
 export PYTHON TORCH_INDEX TORCH_LINKS KILLS PYTEST TRACE
 ifeq ($(IN),docker)
 PY := docker/in-image.sh python
+ENGINE_PY := $(PY)
 VENV := .image
+SETUP := .image/$(ENGINE).stamp
 .PHONY: .image/core.stamp .image/cpu.stamp .image/cuda.stamp
 .image/core.stamp: $(BUILT)
 .image/cpu.stamp .image/cuda.stamp: preflight
 trace: NETWORK := host
 else
-# -- environment ---------------------------------------------------------------------------------------------------
+# -- environments: .venv for all but CUDA, .venv-cuda for that, as vLLM for the CPU and for CUDA are one module -----------
+VENV := .venv
+PY := $(VENV)/bin/python
+SETUP := $(if $(filter cuda,$(ENGINE)),.venv-cuda,.venv)/$(ENGINE).stamp
+ENGINE_PY := $(dir $(SETUP))bin/python
+
 $(VENV)/core.stamp: docker/core.lock
 	@"$$PYTHON" -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: PYTHON: got %d.%d; 3.11 or newer is needed" % v)'
-	@$(LOCK) test -x $(PY) || "$$PYTHON" -m venv $(VENV); echo "setup: what simulation and analysis need (about 20 s)" >&2; \
-	$(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
+	@$(LOCK) $(MADE); echo "setup: what simulation and analysis need (about 20 s)" >&2; $(PIP) -r $<; $(DONE)
 
 # torch comes first: its CPU build is not on the ordinary index. The hashes are in the lock either way.
 $(VENV)/cpu.stamp: docker/cpu.lock docker/torch-cpu.lock $(VENV)/core.stamp
 	@$(LOCK) echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)" >&2; \
 	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url "$$TORCH_INDEX" -r docker/torch-cpu.lock; \
-	$(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
+	$(PIP) -r $<; $(DONE)
 
-$(VENV)/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp
-	@$(LOCK) echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)" >&2; $(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
+.venv-cuda/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp
+	@test -f $@ || $(PY) -m experiments.machine.doctor --before -- "$$TESTBED"
+	@$(LOCK) $(MADE); echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)" >&2; $(PIP) -r $<; $(DONE)
 
 $(VENV)/dev.stamp: docker/dev.lock $(VENV)/cpu.stamp
-	@$(LOCK) echo "setup: tools for tests and lint (about 20 s)" >&2; $(PIP) -r $<; $(COMPILE); touch $@; $(DONE)
+	@$(LOCK) echo "setup: tools for tests and lint (about 20 s)" >&2; $(PIP) -r $<; $(DONE)
 
 endif
 
-.PHONY: setup
-setup: $(VENV)/$(ENGINE).stamp ## virtual environment with everything pinned; a second call does nothing
+setup: $(SETUP) ## virtual environment with everything pinned; a second call does nothing
 
 # -- running -------------------------------------------------------------------------------------------------------
-.PHONY: doctor
 doctor: $(VENV)/core.stamp ## each testbed: can this machine run it, and if not, what is missing
-	@$(RUN) doctor
+	@$(PY) $(RUN) doctor
 	@docker/preflight.sh run && echo "image      ready: $(IMAGE)" || true
 
-.PHONY: plan
-plan: $(if $(RAY_ADDRESS),setup,$(VENV)/core.stamp) ## sessions, trials, schedule, minutes and disk of FIGURE (default fig9a); starts nothing
-	@$(RUN) --plan -- "$$FIGURE"
+plan: $(if $(RAY_ADDRESS),$(SETUP),$(VENV)/core.stamp) ## sessions, trials, schedule, minutes and disk of FIGURE (default fig9a); starts nothing
+	@$(if $(RAY_ADDRESS),$(ENGINE_PY),$(PY)) $(RUN) --plan -- "$$FIGURE"
 	@$(if $(call IS_ON,JSON),:,$(PY) -m analysis.advise.power --testbed="$$TESTBED" --out="$$OUT" \
 		$(if $(REPLICATES),--replicates="$$REPLICATES") $(WITH_TRACE) $(SAY) -- "$$FIGURE")
 
-.PHONY: power
 power: $(VENV)/core.stamp ## which replicates and seconds make all claims of fig9b PASS on this machine, by simulation
 	@$(PY) -m analysis.advise.power --search --testbed="$$TESTBED" --out="$$OUT" $(WITH_TRACE) $(SAY) -- fig9b
 
-.PHONY: smoke
 smoke: setup ## the smallest real run of the whole path, under 2 minutes
 	$(MEASURE)
 
-.PHONY: fig9a
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table
 	$(MEASURE)
 
-.PHONY: fig9b
 fig9b: setup ## Figure 9b, latency against throughput: run or resume, seal, print the table
 	$(MEASURE)
 
-.PHONY: trace
 trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; without it a synthetic one is used
 	@$(PY) -m experiments.spec.workload $(SAY)
 
-.PHONY: verify
 verify: $(VENV)/core.stamp ## integrity, gates, claims: a verdict for each claim, the overall verdict on the last line
 	@$(PY) -m analysis.judge.verify $(if $(BAG),--bag="$$BAG",--runs="$$OUT") $(if $(call IS_ON,ALL),--all) $(SAY)
 
-.PHONY: package
 package: $(VENV)/core.stamp ## artifacts/package.zip: runs, report and reference with a manifest; make verify BAG=it checks it
 	@$(PY) -m analysis.judge.archive --runs="$$OUT" $(SAY)
 
-.PHONY: verify-study
 verify-study: $(VENV)/core.stamp ## the decision rule on synthetic experiments with known truth; renews docs/verdicts.md
 	@$(PY) tests/bench/study.py $(SAY)
 
-.PHONY: report
 report: $(VENV)/core.stamp ## artifacts/report/index.html: verdicts, figures, tables, provenance on one page
 	@$(PY) -m analysis.show.report --runs="$$OUT" $(SAY)
 
-.PHONY: node
 node: NETWORK := host
 node: setup ## make this machine a node of a Ray cluster: the first one, or one of that at RAY_ADDRESS; docs/cluster.md
-	@$(PY) -m experiments.cluster.local_ray $(SAY)
+	@$(ENGINE_PY) -m experiments.cluster.local_ray $(SAY)
 
-.PHONY: pictures
 pictures: $(VENV)/core.stamp ## figures and screenshots of the last report into docs/, by headless Chromium
 	@$(PY) tests/screenshots.py $(SAY)
 
-.PHONY: export
 export: $(VENV)/core.stamp ## one trial of fig9b, TRIAL=its folder, in the result format of vllm bench serve
 	@$(PY) -m analysis.show.export $(SAY) -- "$$TRIAL"
 
-.PHONY: calibrate
 calibrate: setup ## fit the simulator to this machine's engine, about a minute per model, with a held-out error
-	@$(PY) -m experiments.calibrate.here --testbed="$$TESTBED" --out="$$OUT" $(SAY)
+	@$(ENGINE_PY) -m experiments.calibrate.here --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
-.PHONY: gpu-check
 gpu-check: setup ## the first 15 minutes on a GPU: does all of it work, and how fast; one file to send back; TESTBED=cpu: in small
 	@$(PY) -m analysis.advise.gpu_check --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
 # Kernel tables need an environment of their own: nothing else may come to rest on them.
 TABLES := .venv-tables
 $(TABLES)/tables.stamp: docker/tables.lock
-	@$(LOCK) test -x $(TABLES)/bin/python || "$$PYTHON" -m venv $(TABLES); \
-	echo "setup: kernel tables (about 30 s, 600 MB of disk)" >&2; $(PIP:$(PY)%=$(TABLES)/bin/python%) -r $<; touch $@; $(DONE)
+	@$(LOCK) $(MADE); echo "setup: kernel tables (about 30 s, 600 MB of disk)" >&2; $(PIP) -r $<; $(DONE)
 
-.PHONY: tables
 tables: $(TABLES)/tables.stamp ## the calibrations of the paper's scale anew, from kernel tables and published steps; needs make trace
 	@$(TABLES)/bin/python -m experiments.calibrate.published $(if $(SAY),--quiet)
 	@$(TABLES)/bin/python -m experiments.calibrate.tables $(if $(SAY),--quiet)
 	@$(TABLES)/bin/python -m experiments.calibrate.public $(if $(SAY),--quiet)
 	@$(TABLES)/bin/python -m experiments.calibrate.end_to_end $(WITH_TRACE) $(SAY)
 
-.PHONY: validate
 validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
-	@$(PY) -m analysis.advise.validate --testbed="$$TESTBED" --runs="$$OUT" $(SAY)
+	@$(ENGINE_PY) -m analysis.advise.validate --testbed="$$TESTBED" --runs="$$OUT" $(SAY)
 
-.PHONY: recommend
 recommend: setup ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine
-	@$(PY) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" $(WITH_TRACE) $(SAY) -- \
+	@$(ENGINE_PY) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" $(WITH_TRACE) $(SAY) -- \
 		$(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
 
-.PHONY: capacity
 capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices
 	@$(PY) -m analysis.advise.paper_capacity $(WITH_TRACE) $(SAY)
 
-.PHONY: check-advice
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
-	@$(PY) tests/bench/check_advice.py --testbed="$$TESTBED" --out="$$OUT" $(if $(MODEL),--model="$$MODEL") $(SAY)
+	@$(ENGINE_PY) tests/bench/check_advice.py --testbed="$$TESTBED" --out="$$OUT" $(if $(MODEL),--model="$$MODEL") $(SAY)
 
-.PHONY: bench
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
-	@$(PY) tests/bench/bench_sim.py $(WITH_TRACE) $(SAY)
-	@$(if $(filter core,$(ENGINE)),,$(PY) tests/bench/bench.py --testbed="$$TESTBED" --out="$$OUT" $(SAY))
+	@$(ENGINE_PY) tests/bench/bench_sim.py $(WITH_TRACE) $(SAY)
+	@$(if $(filter core,$(ENGINE)),,$(ENGINE_PY) tests/bench/bench.py --testbed="$$TESTBED" --out="$$OUT" $(SAY))
 
 # -- developing ----------------------------------------------------------------------------------------------------
 # Engines first, then the rest beside them: a file is never split, what a module sets up is shared.
 SIDE_BY_SIDE := -m "not cluster" -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: test
 test: $(VENV)/dev.stamp ## all tests but those of clusters and images, the real engine on the CPU included
 	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest $(if $(PYTEST),,$(SIDE_BY_SIDE))
 
-.PHONY: test-cluster
 test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 3 min
 	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest tests/cluster/test_cluster.py
 
 # What is compiled is counted where it runs as plain Python: what is short of the simulator's tests.
 PLAIN := tests/simulator/test_simulator.py -k 'by_hand or room or phases or limit or refus or percentiles or range'
 
-.PHONY: coverage
 coverage: $(VENV)/dev.stamp ## branch coverage of experiments and analysis by both, about 10 min; an error below 90 %
 	@$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report= --cov-fail-under=0
 	@NUMBA_DISABLE_JIT=1 $(PY) -m pytest $(PLAIN) --cov --cov-append --cov-report= --cov-fail-under=0
 	@$(PY) -m pytest -m cluster --cov --cov-append
 
-.PHONY: torture
 torture: $(VENV)/dev.stamp ## 200 random kills over short real runs, about 40 min: nothing lost, nothing left
 	@$(PY) tests/torture.py --kills="$$KILLS" $(SAY)
 
-.PHONY: torture-nodes
 torture-nodes: $(VENV)/dev.stamp ## 20 random kills of whole nodes of a local Ray cluster, about 10 min: nothing lost or doubled
 	@NODE_KILLS=20 $(PY) -m pytest tests/cluster/test_cluster.py -k killed
 
-.PHONY: conformance
 conformance: $(VENV)/dev.stamp ## batches against vLLM's own scheduler on 3,000 random workloads, about 5 min
 	@WORKLOADS=3000 $(PY) -m pytest tests/simulator/test_scheduler.py -k vllm
 
-.PHONY: flips
 flips: $(VENV)/dev.stamp ## 1,000 random bit flips over whole bags: all found
 	@FLIPS=1000 $(PY) -m pytest tests/judge/test_integrity.py -k flip
 
-.PHONY: fuzz
 fuzz: $(VENV)/dev.stamp ## 2,000 mutated bags through every command, about 20 min: no traceback, no PASS that the whole bag has not
 	@FUZZ=2000 $(PY) -m pytest tests/judge/test_fuzz.py
 
-.PHONY: test-image
 test-image: $(VENV)/dev.stamp ## the image, built and run on a stand-in base; installs docker by apt; needs root, about 9 min
-	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest -p no:cacheprovider -v tests/image/check_image.py
+	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest -p no:cacheprovider $(if $(call IS_ON,FULL),-s -rs tests/image/check_full.py,-v tests/image/check_image.py)
 
-.PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict, Makefile and shell linters
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@$(VENV)/bin/mbake validate Makefile
@@ -356,7 +350,6 @@ UV_COMPILE = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv pip compile --quiet --univ
 # Where core.lock must have a wheel for everything: the simulator runs there.
 CORE_PLATFORMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-darwin x86_64-apple-darwin
 
-.PHONY: lock
 lock: $(VENV)/dev.stamp ## renew the locks from pyproject.toml
 	$(UV_COMPILE) --find-links "$$TORCH_LINKS" --no-emit-package torch --extra cpu --extra dev pyproject.toml -o docker/dev.lock
 	$(UV_COMPILE) --find-links "$$TORCH_LINKS" --no-emit-package torch --extra cpu -c docker/dev.lock pyproject.toml -o docker/cpu.lock
@@ -367,19 +360,17 @@ lock: $(VENV)/dev.stamp ## renew the locks from pyproject.toml
 	$(UV_COMPILE) -c docker/core.lock --extra cuda pyproject.toml -o docker/cuda.lock
 	$(UV_COMPILE) -c docker/core.lock --extra tables pyproject.toml -o docker/tables.lock
 
-.PHONY: lock-check
 lock-check: lock ## renew the locks; an error if that changes one that is committed
 	@git diff --stat --exit-code -- 'docker/*.lock' || { echo "error: docker/*.lock: stale; commit what make lock made" >&2; exit 1; }
 	@touch -c $(VENV)/core.stamp $(VENV)/cpu.stamp $(VENV)/dev.stamp # the same locks: what they installed still holds
 
-.PHONY: clean
 clean: ## remove the environment, caches and unfinished trials; never a finished run
 	@case $$OUT in /*) out=$$OUT ;; *) out=./$$OUT ;; esac; [ ! -d "$$out" ] || out=$$(CDPATH='' cd "$$out" && pwd -P); \
 	above=$${out%/}; for kept in "$$(pwd -P)" "$$(CDPATH='' cd && pwd -P)"; do case $$kept/ in "$$above"/*) \
 		echo "error: OUT: got $$OUT; allowed: a folder of runs, not one that holds this project or your home" >&2; exit 2 ;; esac; done; \
 	[ ! -d "$$out" ] || find "$$out" -mindepth 2 -maxdepth 2 -type d \
 		\( -name 'open-$(HEX8)' -o -name '.seal-$(HEX8)' \) -prune -exec rm -rf {} +
-	rm -rf .venv .venv-tables .image .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda .venv-tables .image .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # How a run's identity ends the names of its folders.

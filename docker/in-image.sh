@@ -3,7 +3,7 @@
 set -euo pipefail
 : "${DOCKER:=docker}" "${IMAGE:?}" "${OUT:=artifacts/runs}"
 root=$PWD
-read -ra flags <<<"${USER_FLAGS:-} ${GPUS:-} ${SHM:-} ${ULIMITS:-} ${NETWORK:+--network=$NETWORK} ${RUN_FLAGS:-}"
+read -ra flags <<<"${USER_FLAGS:-} ${GPU_FLAGS:-} ${SHM:-} ${ULIMITS:-} ${NETWORK:+--network=$NETWORK} ${RUN_FLAGS:-}"
 
 mount() { # folder or file; "readonly" or nothing; where, if not at its own path. Quoted as in a CSV: a path may hold anything
     local source target
@@ -33,6 +33,9 @@ variables=(--env "ARTIFACT_IMAGE=$image")
 for name in RAY_ADDRESS RAY_AUTH_TOKEN NODE_IP PYTHONPATH; do
     [[ -z ${!name:-} ]] || variables+=(--env "$name") # its value does not show in the process list
 done
+if [[ ${GPU_FLAGS:-} == *all* && -n ${CUDA_VISIBLE_DEVICES+given} ]]; then # else the container counts what it was given
+    variables+=(--env CUDA_VISIBLE_DEVICES)
+fi
 if commit=$(git rev-parse HEAD 2>/dev/null); then # the container has no git history
     [[ -z $(git status --porcelain) ]] || commit+=-dirty
     variables+=(--env "ARTIFACT_COMMIT=$commit")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Can this host build the image (argument: build) or run it (run)? Each failure is one line: the cause, and what mends it.
+# Can this host build the image (argument: build), would it run one (host), does it run this one (run)? Each failure is one
+# line: the cause, and what mends it.
 # Needs nothing of the host but what it looks for. Settings come from make.
 set -euo pipefail
 : "${DOCKER:=docker}" "${TARGET:=cuda}" "${IMAGE:=chunked-prefill:$TARGET}" "${OUT:=artifacts/runs}"
@@ -37,25 +38,41 @@ gpu_driver() {
     version=$(head -n 1 <<<"$versions")
     [[ ${version%%.*} =~ ^[0-9]+$ && ${version%%.*} -ge $DRIVER ]] ||
         fail "NVIDIA driver $version; $DRIVER or newer is needed for CUDA 13: sudo apt-get install nvidia-driver-$DRIVER"
-    [[ ${GPUS:-} == *all* ]] || return 0
-    local taken # only the host sees the processes of others
-    taken=$(nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv,noheader 2>/dev/null | head -n 1) || true
-    [[ -z $taken ]] || fail "GPU memory is taken by process ${taken//, / }: wait for it, or kill ${taken%%,*}"
+    # Only the host sees the processes of others. One free card may be enough: doctor says so, in the container.
+    local taken
+    taken=$(nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv,noheader 2>/dev/null) || true
+    if (($(awk -F, 'NF > 1 && !seen[$1]++ {busy++} END {print busy + 0}' <<<"$taken") >= $(wc -l <<<"$versions"))); then
+        taken=${taken%%$'\n'*} taken=${taken#*, }
+        fail "every GPU is in use, the first by process ${taken//, / }: wait for it, or kill ${taken%%,*}"
+    fi
+}
+
+toolkit() { # before there is an image, by what it leaves on the host
+    local found
+    for found in nvidia-ctk nvidia-container-cli nvidia-container-runtime-hook; do
+        ! command -v "$found" >/dev/null || return 0
+    done
+    for found in /etc/cdi/nvidia* /var/run/cdi/nvidia*; do
+        [[ ! -e $found ]] || return 0
+    done
+    [[ $("$DOCKER" info --format '{{json .Runtimes}}' 2>/dev/null) == *nvidia* ]] || no_toolkit
+}
+
+no_toolkit() {
+    fail "$DOCKER knows no NVIDIA toolkit: sudo apt-get install nvidia-container-toolkit && sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 }
 
 gpu_in_container() {
     local said flags
-    read -ra flags <<<"${GPUS:-}"
+    read -ra flags <<<"${GPU_FLAGS:-}"
     if ! said=$("$DOCKER" run --rm "${flags[@]}" --network none --entrypoint nvidia-smi "$IMAGE" -L 2>&1); then
         case $said in
-        *"could not select device driver"* | *"nvidia-container"* | *"unresolvable CDI"*)
-            fail "$DOCKER knows no NVIDIA toolkit: sudo apt-get install nvidia-container-toolkit && sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-            ;;
-        *"nvidia-smi"*) fail "the container has no nvidia-smi; GPUS is '${GPUS:-}': make GPUS='--gpus all', or podman's --device nvidia.com/gpu=all" ;;
-        *) fail "a container with '${GPUS:-}' does not start: $(tail -n 1 <<<"$said")" ;;
+        *"could not select device driver"* | *"nvidia-container"* | *"unresolvable CDI"*) no_toolkit ;;
+        *"nvidia-smi"*) fail "the container has no nvidia-smi; GPU_FLAGS is '${GPU_FLAGS:-}': make GPU_FLAGS='--gpus all', or podman's --device nvidia.com/gpu=all" ;;
+        *) fail "a container with '${GPU_FLAGS:-}' does not start: $(tail -n 1 <<<"$said")" ;;
         esac
     fi
-    grep -q '^GPU ' <<<"$said" || fail "the container sees no GPU although the host does: sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml, then GPUS='--device nvidia.com/gpu=all'"
+    grep -q '^GPU ' <<<"$said" || fail "the container sees no GPU although the host does: sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml, then GPU_FLAGS='--device nvidia.com/gpu=all'"
 }
 
 docker_answers
@@ -70,6 +87,9 @@ build)
         disk "${IMAGE_DISK:-40}" "$root" "the image" "$DOCKER system prune, or IMAGE_DISK= if you know better"
     fi
     ;;
+host)
+    [[ $TARGET != cuda ]] || { gpu_driver && toolkit; }
+    ;;
 run)
     [[ $TARGET != cuda ]] || gpu_driver
     disk 2 "$OUT" "the run" "free some, or OUT= a folder on another disk"
@@ -77,5 +97,5 @@ run)
     [[ $TARGET != cuda ]] || gpu_in_container
     "$(dirname "$0")/in-image.sh" python -m experiments.machine.doctor -- "${TESTBED:-auto}"
     ;;
-*) fail "got '$1'; allowed: build or run" ;;
+*) fail "got '$1'; allowed: build, host or run" ;;
 esac

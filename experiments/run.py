@@ -67,6 +67,8 @@ def execute(plan: Plan, with_ray: bool = True) -> int:
         outlook = plan.outlook(owed)
         console.print(plan.text(outlook))
         if owed:
+            if (missing := doctor.lacks(plan.testbed)) and not os.environ.get("RAY_ADDRESS"):
+                raise SpecError(f"testbed {plan.testbed.testbed} {missing}")
             totals = {each["session"]: sum(each["seconds"].values()) for each in outlook["sessions"]}
             failed = _run_owed(plan, owed, totals, with_ray)
         for name, reason in failed.items():

@@ -10,18 +10,18 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from checkout import Checkout
 
 from analysis.advise.question import VARIABLES
 from experiments.records.provenance import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = re.findall(r"^\.PHONY: ([a-z0-9-]+)$", MAKEFILE, re.M)
+TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", MAKEFILE, re.M)
 KNOWN = re.findall(r"^([A-Z0-9_]+) \?=", MAKEFILE, re.M)
-FIXED = {"TARGET", "DOCKER", "IN", "QUIET", "JSON", "ALL"}
+FIXED = {"TARGET", "DOCKER", "IN", "QUIET", "JSON", "ALL", "FULL"}
 FREE = [name for name in KNOWN if name not in {*FIXED, "PYTHON"}]  # PYTHON is a command, as it should be
 ON_THE_HOST = re.findall(r"[a-z-]+", re.search(r"^ifneq \(\$\(filter ([a-z -]+),\$\(MAKECMDGOALS", MAKEFILE, re.M)[1])  # type: ignore[index]
 OPTIONS = {  # what must reach Python as it was given: variable -> target -> how the argument begins
@@ -53,45 +53,6 @@ HOSTILE = [
     "~",
     'a,b="c"',
 ]
-STUB = """#!/bin/bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n'; } >>"$CALLS"
-case "$*" in "info --format"*) echo /;; "image inspect"*) echo sha256:1234;; version*) echo 20.10;; esac
-"""
-
-
-class Checkout:
-    """A checkout in which nothing is real but make, its shell and the scripts of docker/."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.calls_file = folder / "checkout", folder / "calls"
-        shutil.copytree(ROOT / "docker", self.folder / "docker")
-        shutil.copytree(ROOT / "experiments" / "spec" / "testbeds", self.folder / "experiments" / "spec" / "testbeds")
-        for name in ("Makefile", "pyproject.toml"):
-            shutil.copy(ROOT / name, self.folder)
-        (self.folder / "artifacts" / "reference").mkdir(parents=True)
-        stubs = [self.folder / ".venv" / "bin" / name for name in ("python", "mbake", "shellcheck", "hadolint", "uv")]
-        stubs.append(self.folder / ".venv-tables" / "bin" / "python")
-        self.bin = folder / "bin"
-        for stub in (*stubs, self.bin / "docker", self.bin / "git"):
-            stub.parent.mkdir(parents=True, exist_ok=True)
-            stub.write_text(STUB)
-            stub.chmod(0o755)
-        self.home = folder / "home"
-        self.home.mkdir()
-
-    def make(self, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        self.calls_file.unlink(missing_ok=True)
-        path = f"{self.bin}:{os.environ['PATH']}"
-        env = {"PATH": path, "HOME": str(self.home), "CALLS": str(self.calls_file), **(environment or {})}
-        return subprocess.run(["make", *words], cwd=self.folder, env=env, capture_output=True, text=True, check=False)
-
-    def calls(self) -> list[list[str]]:
-        """Name and arguments of every stand-in that was called."""
-        lines = self.calls_file.read_text().split("\0\n") if self.calls_file.exists() else []
-        return [line.split("\0") for line in lines[:-1]]
-
-    def files(self) -> set[str]:
-        return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
 
 
 @pytest.fixture
@@ -116,11 +77,6 @@ def assert_unharmed(checkout: Checkout, before: set[str], value: str) -> None:
     assert not list(checkout.home.iterdir())
 
 
-def arrived(checkout: Checkout, start: str, value: str) -> int:
-    """How many commands got this argument."""
-    return sum(f"{start}{value}" in call for call in checkout.calls())
-
-
 @pytest.mark.parametrize("value", HOSTILE)
 def test_no_value_is_ever_a_part_of_a_command(checkout: Checkout, value: str) -> None:
     before = checkout.files()
@@ -131,7 +87,7 @@ def test_no_value_is_ever_a_part_of_a_command(checkout: Checkout, value: str) ->
         assert_unharmed(checkout, before, value)
         wanted = [(start, name) for name, of in OPTIONS.items() for target, start in of.items() if target in targets]
         for start, name in wanted:
-            assert arrived(checkout, start, value) >= wanted.count((start, name)), f"{name}: {said}"
+            assert checkout.arrived(start, value) >= wanted.count((start, name)), f"{name}: {said}"
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -139,7 +95,7 @@ def test_the_same_from_the_environment_is_said(checkout: Checkout, value: str) -
     before = checkout.files()
     done = checkout.make("recommend", environment=dict.fromkeys(FREE, value))
     assert_unharmed(checkout, before, value)
-    assert all(arrived(checkout, wanted["recommend"], value) for wanted in OPTIONS.values() if "recommend" in wanted)
+    assert all(checkout.arrived(wanted["recommend"], value) for wanted in OPTIONS.values() if "recommend" in wanted)
     said = [line for line in done.stderr.splitlines() if "taken from the environment" in line]
     assert {line.split(": ")[1] for line in said} == set(FREE)
     assert [line for line in said if not line.endswith(value)] == [line for line in said if "RAY_AUTH_TOKEN" in line]
@@ -173,7 +129,7 @@ def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) 
         ("OUT= ", "OUT: got nothing; without it the default holds"),
         *(
             (f"{name}={value}", f"{name}: got '{value}'; allowed: 1 yes")
-            for name in ("QUIET", "JSON", "ALL")
+            for name in ("QUIET", "JSON", "ALL", "FULL")
             for value in ("2", "O")
         ),
         *((f"IN={value}", f"IN: got '{value}'; allowed: docker host") for value in ("dokcer", "", "docker host")),
@@ -207,32 +163,6 @@ def test_switches(checkout: Checkout, word: str, options: set[str]) -> None:
     assert checkout.make("verify", word).returncode == 0
     (call,) = (call for call in checkout.calls() if "analysis.judge.verify" in call)
     assert set(call) & {"--quiet", "--json", "--all"} == options
-
-
-@pytest.mark.parametrize(
-    ("testbed", "engine"),
-    [
-        ("auto", "cpu"),
-        ("cpu", "cpu"),
-        ("a100-sim", "core"),
-        ("here/a100-sim.yaml", "core"),
-        ("my testbeds/mine.yaml", "core"),
-        ("my testbeds/real-sim.yaml", "cpu"),
-        ("no-such", "core"),
-    ],
-)
-def test_what_is_installed_goes_by_what_the_testbed_is(checkout: Checkout, testbed: str, engine: str) -> None:
-    own = ROOT / "experiments" / "spec" / "testbeds"
-    for path, text in (
-        ("here/a100-sim.yaml", (own / "a100-sim.yaml").read_text()),
-        ("my testbeds/mine.yaml", 'testbed: mine\nplatform: "simulated" # on a virtual clock\n'),
-        ("my testbeds/real-sim.yaml", (own / "cpu.yaml").read_text()),
-    ):
-        (checkout.folder / path).parent.mkdir(exist_ok=True)
-        (checkout.folder / path).write_text(text)
-    assert checkout.make("setup", f"TESTBED={testbed}").returncode == 0
-    assert (checkout.folder / ".venv" / f"{engine}.stamp").exists()
-    assert engine == "cpu" or not (checkout.folder / ".venv" / "cpu.stamp").exists()
 
 
 def test_the_bags_of_the_run_are_handed_to_its_table(checkout: Checkout) -> None:

