@@ -56,7 +56,7 @@ BUILD_FLAGS ?=##  more flags for docker build
 IMAGE_DISK ?= $(if $(filter cuda,$(TARGET)),40,10)##  GiB that must be free before make image builds for the first time
 PYTEST ?=##    arguments for pytest, in make test, test-cluster and test-image
 KILLS ?= 200##  how many, in make torture
-FULL ?=##      1: in make test-image, the cuda image with its real wheels; 32 GiB of disk, not in CI
+FULL ?=##      1: in make test-image, the cuda image with its real wheels; 16 GiB of disk, about 12 min, not in CI
 # The PyTorch project's CPU wheels: asked only where pip does not already know a CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_LINKS ?= $(or $(PIP_FIND_LINKS),$(TORCH_INDEX)/torch/)
@@ -97,7 +97,7 @@ HAS_GPU := $(filter-out 0,$(shell command -v nvidia-smi >/dev/null 2>&1 && nvidi
 HAS_DOCKER := $(shell command -v $(call QUOTED,$(DOCKER)) 2>/dev/null)
 HAS_PYTHON := $(if $(HAS_GPU),$(shell $(call QUOTED,$(PYTHON)) -c 'import sys; print(*[1] * (sys.version_info >= (3, 11)))' 2>/dev/null))
 # What may start an engine. All else runs in .venv on this host, as a simulation does, whatever GPUs are here.
-MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate recommend check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
+MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate recommend gpu-check check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
 ASKED := $(if $(filter IN,$(GIVEN)),$(IN))
 # Where there is a GPU doctor says what auto stands for, before anything else is set up: make reads its answer and starts anew.
 ifneq ($(and $(MEASURING),$(HAS_GPU),$(filter auto,$(TESTBED)),$(if $(filter docker,$(ASKED)),,1),$(or $(HAS_PYTHON),$(if $(HAS_DOCKER),,1))),)
@@ -164,7 +164,7 @@ define BUILD
 @mkdir -p .image && touch $(BUILT)
 endef
 
-image: ## build the image of TARGET: cuda (30 GB by estimate) or cpu
+image: ## build the image of TARGET: cuda (10 GB beside its base) or cpu
 	$(BUILD)
 
 $(BUILT): docker/Dockerfile docker/install-system.sh docker/install-python.sh docker/entrypoint.sh \
@@ -214,7 +214,7 @@ $(VENV)/cpu.stamp: docker/cpu.lock docker/torch-cpu.lock $(VENV)/core.stamp
 
 .venv-cuda/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp
 	@test -f $@ || $(PY) -m experiments.machine.doctor --before -- "$$TESTBED"
-	@$(LOCK) $(MADE); echo "setup: torch and vLLM for CUDA (about 5 min, 12 GB of disk)" >&2; $(PIP) -r $<; $(DONE)
+	@$(LOCK) $(MADE); echo "setup: torch and vLLM for CUDA (about 5 min, 10 GB of disk)" >&2; $(PIP) -r $<; $(DONE)
 
 $(VENV)/dev.stamp: docker/dev.lock $(VENV)/cpu.stamp
 	@$(LOCK) echo "setup: tools for tests and lint (about 20 s)" >&2; $(PIP) -r $<; $(DONE)
@@ -274,7 +274,7 @@ calibrate: setup ## fit the simulator to this machine's engine, about a minute p
 	@$(ENGINE_PY) -m experiments.calibrate.here --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
 gpu-check: setup ## the first 15 minutes on a GPU: does all of it work, and how fast; one file to send back; TESTBED=cpu: in small
-	@$(PY) -m analysis.advise.gpu_check --testbed="$$TESTBED" --out="$$OUT" $(SAY)
+	@$(ENGINE_PY) -m analysis.advise.gpu_check --testbed="$$TESTBED" --out="$$OUT" $(SAY)
 
 # Kernel tables need an environment of their own: nothing else may come to rest on them.
 TABLES := .venv-tables

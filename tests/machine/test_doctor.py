@@ -142,4 +142,4 @@ def test_before_cuda_is_installed_gpu_and_disk_are_looked_at(
     said = capsys.readouterr().err
     assert "preflight: no NVIDIA GPU (nvidia-smi lists none); 1 are needed" in said
     assert "preflight: 11.0 GiB free in " in said
-    assert "; 12 are needed: free some\n" in said
+    assert "; 13 are needed: free some\n" in said

@@ -83,19 +83,20 @@ def card(name: str, mib: int, used: int, number: int, capability: str = "8.0") -
     return f"{name}, {mib}, {used}, 580.95.05, GPU-{number}{number}, {capability}"
 
 
-A100, A10, T4, DISPLAY = ("NVIDIA A100 80GB PCIe", 81920), ("NVIDIA A10", 23028), ("Tesla T4", 15360), ("NVIDIA T400", 2048)
+PCIE, A10, T4, DISPLAY = ("NVIDIA A100 80GB PCIe", 81920), ("NVIDIA A10", 23028), ("Tesla T4", 15360), ("NVIDIA T400", 2048)
 
 
 @pytest.fixture
 def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A fake nvidia-smi first on PATH, which prints the files `cards` and `matrix`."""
     (tmp_path / "matrix").write_text(BRIDGES)
-    (tmp_path / "cards").write_text("\n".join(card(*A100, 4, number) for number in range(4)))
+    (tmp_path / "cards").write_text("\n".join(card(*PCIE, 4, number) for number in range(4)))
     fake = tmp_path / "nvidia-smi"
     fake.write_text(f'#!/bin/sh\ncase "$1" in topo) cat {tmp_path}/matrix ;; *) cat {tmp_path}/cards ;; esac\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor, "_compiler_problems", list)
     provenance.machine.cache_clear()
     yield tmp_path
     provenance.machine.cache_clear()
@@ -122,14 +123,14 @@ def test_cards_are_counted_after_cuda_visible_devices(given: str, numbers: list[
 @pytest.mark.parametrize(
     ("cards", "numbers"),
     [
-        ([(*DISPLAY, 300, 0, "7.5"), (*A100, 4, 1), (*A100, 4, 2)], {1, 2}),  # a display's card gets no session
+        ([(*DISPLAY, 300, 0, "7.5"), (*PCIE, 4, 1), (*PCIE, 4, 2)], {1, 2}),  # a display's card gets no session
         ([(*DISPLAY, 300, 0, "8.6"), (*A10, 4, 1)], {1}),
-        ([(*A100, 30000, 0), (*A100, 4, 1)], {1}),  # one that is busy does not keep the other from it
-        ([(*A100, 30000, 0), (*A10, 4, 1)], {1}),
-        ([(*A10, 4, 0), (*A100, 4, 1), (*A10, 4, 2)], {1}),  # the largest, and only those alike
+        ([(*PCIE, 30000, 0), (*PCIE, 4, 1)], {1}),  # one that is busy does not keep the other from it
+        ([(*PCIE, 30000, 0), (*A10, 4, 1)], {1}),
+        ([(*A10, 4, 0), (*PCIE, 4, 1), (*A10, 4, 2)], {1}),  # the largest, and only those alike
         ([("Tesla V100-SXM2-32GB", 32768, 4, 0, "7.0"), (*A10, 4, 1)], {1}),  # large, but vLLM's kernels do not run there
         ([(*T4, 4, 0, "7.5")], set()),
-        ([(*A100, 30000, 0)], set()),
+        ([(*PCIE, 30000, 0)], set()),
     ],
 )
 def test_sessions_get_cards_that_are_new_enough_free_and_alike(cards: list[Any], numbers: set[int], four_cards: Path) -> None:
@@ -141,14 +142,14 @@ def test_a_display_card_is_no_part_of_the_machine_that_claims_are_about(
     four_cards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of tensor parallel size 2 all GPUs of the machine must be what a claim is about."""
-    cards = [(*DISPLAY, 300, 0, "7.5"), (*A100, 4, 1), (*A100, 4, 2)]
+    cards = [(*DISPLAY, 300, 0, "7.5"), (*PCIE, 4, 1), (*PCIE, 4, 2)]
     (four_cards / "cards").write_text("\n".join(card(*each) for each in cards))
-    assert provenance.machine()["gpus"] == [A100[0]] * 2
-    (four_cards / "cards").write_text("\n".join(card(*each) for each in [cards[0], (*A100, 70000, 1), (*A100, 70000, 2)]))
+    assert provenance.machine()["gpus"] == [PCIE[0]] * 2
+    (four_cards / "cards").write_text("\n".join(card(*each) for each in [cards[0], (*PCIE, 70000, 1), (*PCIE, 70000, 2)]))
     provenance.machine.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")  # as a session sees it, which fills them
-    assert provenance.machine()["gpus"] == [A100[0]] * 2
-    assert provenance.machine()["type"] == f"{A100[0]} x 2"
+    assert provenance.machine()["gpus"] == [PCIE[0]] * 2
+    assert provenance.machine()["type"] == f"{PCIE[0]} x 2"
 
 
 def test_a_driver_that_does_not_know_compute_capabilities(four_cards: Path) -> None:
