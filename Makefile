@@ -338,7 +338,7 @@ fuzz: $(VENV)/dev.stamp ## 2,000 mutated bags through every command, about 20 mi
 	@FUZZ=2000 $(PY) -m pytest tests/judge/test_fuzz.py
 
 test-image: $(VENV)/dev.stamp ## the image, built and run on a stand-in base; installs docker by apt; needs root, about 9 min
-	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest -p no:cacheprovider $(if $(call IS_ON,FULL),-s -rs tests/image/check_full.py,-v tests/image/check_image.py)
+	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest -p no:cacheprovider $(if $(call IS_ON,FULL),-s tests/image/check_full.py,-v tests/image/check_image.py)
 
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict, Makefile and shell linters
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

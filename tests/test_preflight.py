@@ -10,7 +10,7 @@ import pytest
 
 from experiments.records.provenance import ROOT
 
-TOOLS = "awk bash sh cat df dirname env git grep head id mkdir realpath tail tr wc".split()
+TOOLS = ("awk", "bash", "sh", "cat", "df", "dirname", "env", "git", "grep", "head", "mkdir", "realpath", "tail", "tr", "wc")
 INFO = 'case "$*" in *DockerRootDir*) echo / ;; esac'
 DOCKER = {
     "version": "echo 20.10.24",

@@ -30,11 +30,12 @@ print(len(here))
 
 @pytest.fixture(scope="session", autouse=True)
 def room() -> None:
-    """Before anything is fetched."""
+    """Before anything is fetched; once for all tests."""
     free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
     if free < NEEDS_GIB:
         where = tempfile.gettempdir()
-        pytest.skip(f"FULL: got {free:.0f} GiB free in {where}; allowed: {NEEDS_GIB} or more; set TMPDIR to another disk")
+        print(f"skipped: FULL: got {free:.0f} GiB free in {where}; allowed: {NEEDS_GIB} or more; set TMPDIR to another disk")
+        pytest.skip("too little disk")
 
 
 @pytest.fixture(scope="session")
