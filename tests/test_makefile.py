@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from checkout import Checkout
+from checkout import STUB, Checkout
 
 from analysis.advise.question import VARIABLES
 from experiments.records.provenance import ROOT
