@@ -165,6 +165,12 @@ def test_switches(checkout: Checkout, word: str, options: set[str]) -> None:
     assert set(call) & {"--quiet", "--json", "--all"} == options
 
 
+def test_what_only_recommend_reads_is_said_elsewhere(checkout: Checkout) -> None:
+    told = {target: checkout.make(target, "TTFT_P99=1", "QPS=").stderr for target in ("fig9b", "recommend")}
+    assert [target for target, said in told.items() if "TTFT_P99: read by make recommend alone" in said] == ["fig9b"]
+    assert "QPS" not in told["fig9b"]
+
+
 def test_the_bags_of_the_run_are_handed_to_its_table(checkout: Checkout) -> None:
     for figure in ("smoke", "fig9a", "fig9b"):
         assert checkout.make(figure).returncode == 0
