@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 # -- variables -----------------------------------------------------------------------------------------------------
 TESTBED ?= auto##    auto (this machine's), or a name in experiments/spec/testbeds
 REPLICATES ?=##      sessions per model, each with its own seed; default: the testbed's
-TRACE ?=##           request lengths: a CSV, or a .json of vllm bench serve; default: what make trace fetched, else synthetic
+TRACE ?=##           requests: a trace, a result of a benchmark, or 512/128 for all alike; default: what make trace fetched, else synthetic
 OUT ?= artifacts/runs##    where runs go
 BAG ?=##             an archive made elsewhere, for make verify
 MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b

@@ -194,10 +194,10 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_a_users_trace_longer_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace = tmp_path / "mine.csv"
-    trace.write_text("num_prefill_tokens,num_decode_tokens\n100,10\n8000,193\n")
+    trace = tmp_path / "my trace.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n100,10\n8000,193\n8000,194\n")
     assert main(["fig9b", *SIM, "--trace", str(trace), "--out", str(tmp_path / "out")]) == 2
-    assert "mine.csv: row 3:" in capsys.readouterr().err
+    assert "my trace.csv: got 3 requests, of which 2 (66.7 %) of more than 8,192 tokens, first" in capsys.readouterr().err
 
 
 def test_a_trace_without_time_between_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,26 +1,29 @@
-"""Request lengths, and arrivals where they are known, out of the files that people have."""
+"""A trace: prompt tokens, output tokens and arrivals of requests, out of a file; what cannot be used is left out and told."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import re
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from experiments.records.errors import SpecError
+from experiments.spec.formats import find_requests, number_at
 
-COLUMNS = ("num_prefill_tokens", "num_decode_tokens")
 MAX_TOKENS = 10_000_000  # of one request; far above any model, far below where float64 would blur the cut
-Kind = Literal["file", "fetched", "synthetic"]
+FIXED = 8192  # requests of a trace in which all are alike
+EPOCHS = ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3))  # times since 1970 in ns, us, ms: above this, seconds in the unit
+GROUPED = r"[-+]?\d{1,3}(?:([,_' \u00a0\u202f])\d{3})(?:\1\d{3})*(?:\.0*)?"  # digits in threes
+Kind = Literal["file", "fetched", "fixed", "synthetic"]
 Lengths: TypeAlias = npt.NDArray[np.int64]
+Times: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,85 +40,134 @@ class Trace:
     output: Lengths
     kind: Kind
     duration_s: float | None = None  # of the run it was recorded in, where that is known
-    arrivals: npt.NDArray[np.float64] | None = None  # shape (requests,), ascending, the first is 0
+    arrivals: Times | None = None  # shape (requests,), ascending, the first is 0
     cached: float | None = None  # the share of prompt tokens that prefix caching would find, where the file tells
     notes: tuple[str, ...] = ()  # what else was understood, such as how many requests were left out and why
 
 
-def load_trace(path: Path, max_total: int | None = None, kind: Kind = "file") -> Trace:
-    """Read a CSV with the columns num_prefill_tokens and num_decode_tokens; others are ignored.
+def read_trace(path: Path, max_total: int | None = None, kind: Kind = "file") -> Trace:
+    """The trace in a file, or with a path PROMPT/OUTPUT where there is no such file, FIXED requests of these numbers of tokens.
 
-    Raises SpecError naming file, row (the header is row 1), column and value for whatever is not a whole number of tokens from
-    1 to MAX_TOKENS, and for a row whose prompt + output exceeds `max_total` where that is given.
+    Requests that cannot be used are left out, and `notes` says which: failed ones, those without a whole number of tokens
+    from 1 on both sides, those of more than `max_total` tokens in all. Raises SpecError where they are more than half, and for
+    what is no trace: what is wrong, where, and the way on.
     """
     try:
-        data = path.read_bytes()
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        rows = [(f"{path}: row {reader.line_num}", fields) for fields in reader if fields]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not text in UTF-8 (byte {error.start})"
-        raise SpecError(f"{path}: cannot be read: {reason}; a CSV file is expected") from None
-    except csv.Error as error:
-        raise SpecError(f"{path}: row {reader.line_num}: not valid CSV: {error}") from None
-    if len(rows) < 2:
-        raise SpecError(f"{path}: got {'a header without rows' if rows else 'an empty file'}; allowed: at least one request")
-    header = [name.strip() for name in rows[0][1]]
-    for column in COLUMNS:
-        if header.count(column) != 1:
-            raise SpecError(f"{rows[0][0]}: got {','.join(header)[:60]!r}; allowed: a header with one column {column}")
-    pairs = [_lengths(where, header, fields, max_total or MAX_TOKENS) for where, fields in rows[1:]]
-    return _trace(path, data, pairs, kind)
-
-
-def load_bench_result(path: Path, max_total: int | None = None) -> Trace:
-    """Request lengths out of a result file that `vllm bench serve --save-result --save-detailed` wrote; failed requests are
-    left out. Raises SpecError naming the file, the key and what is wrong."""
-    try:
-        data = path.read_bytes()
-        found = json.loads(data)
-    except (OSError, ValueError) as error:
-        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "not valid JSON"
-        raise SpecError(f"{path}: {reason}; a result file of vllm bench serve is expected") from None
-    for key in ("input_lens", "output_lens"):
-        values = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(values, list) or not all(type(n) is int and 0 <= n <= MAX_TOKENS for n in values):
-            came = "nothing" if values is None else repr(values)[:60]
-            raise SpecError(f"{path}: {key}: got {came}; allowed: a list of tokens, as vllm bench serve --save-detailed writes")
-    inputs, outputs = found["input_lens"], found["output_lens"]
-    pairs = [list(pair) for pair in zip(inputs, outputs, strict=False) if min(pair) > 0]
-    if len(inputs) != len(outputs) or not pairs:
-        came = f"{len(inputs)} and {len(outputs)} lengths, {len(pairs)} requests that gave tokens"
-        raise SpecError(f"{path}: input_lens, output_lens: got {came}; allowed: as many of each, at least one request")
-    if max_total and (longest := max(map(sum, pairs))) > max_total:
-        raise SpecError(f"{path}: input_lens + output_lens: got {longest} tokens; allowed: at most {max_total:,}")
-    duration = found.get("duration")
-    seconds = float(duration) if isinstance(duration, int | float) and 0 < duration < math.inf else None
-    return _trace(path, data, pairs, "file", seconds)
-
-
-def _trace(path: Path, data: bytes, pairs: list[list[int]], kind: Kind, seconds: float | None = None) -> Trace:
-    prompt, output = np.array(pairs, dtype=np.int64).T
-    return Trace(path.name, sha256(data).hexdigest(), prompt, output, kind, seconds)
+        alike = None if path.exists() else re.fullmatch("([0-9]{1,8})/([0-9]{1,8})", str(path))
+        data = b"prompt_len,output_len" + f"\n{alike[1]},{alike[2]}".encode() * FIXED if alike else path.read_bytes()
+        return _trace(str(path) if alike else path.name, data, max_total, "fixed" if alike else kind)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; a file with requests is expected") from None
+    except RecursionError:
+        raise SpecError(f"{path}: nested too deeply; a file with requests is expected") from None
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
 
 
 def describe_trace(trace: Trace) -> str:
-    """What was understood of a trace, in one line: requests, percentiles of lengths in tokens, duration where it is known."""
-    count = len(trace.prompt)
+    """What was understood of a trace, in one line: requests, percentiles of lengths in tokens, what is known of arrivals (CV:
+    the coefficient of variation) and of prefix caching, what was left out."""
+    count, seconds = len(trace.prompt), trace.duration_s
     parts = [f"trace {trace.name} ({trace.kind}): {count:,} requests"]
     for name, lengths in (("prompt", trace.prompt), ("output", trace.output)):
         parts.append(f"{name} tokens " + ", ".join(f"P{p} {np.percentile(lengths, p):,.0f}" for p in (50, 90, 99)))
-    seconds = trace.duration_s
-    parts.append(f"served in {seconds:,.1f} s, {count / seconds:.2f} requests/s" if seconds else "no arrival times in it")
+    if trace.arrivals is not None:
+        gaps = np.diff(trace.arrivals)
+        rate = f"{1 / gaps.mean():.3g} requests/s, CV of the gaps {gaps.std() / gaps.mean():.2f}"
+        parts.append(f"arriving over {trace.arrivals[-1]:,.1f} s, {rate}")
+    elif seconds:
+        parts.append(f"served in {seconds:,.1f} s, {count / seconds:.2f} requests/s")
+    else:
+        parts.append("no arrival times in it")
+    if trace.cached is not None:
+        parts.append(f"prefix caching would find {trace.cached:.0%} of the prompt tokens")
     return "; ".join([*parts, *trace.notes])
 
 
-def _lengths(where: str, header: list[str], fields: list[str], limit: int) -> list[int]:
-    if len(fields) != len(header):
-        raise SpecError(f"{where}: got {len(fields)} fields; allowed: {len(header)}, as in the header")
-    texts = [fields[header.index(column)].strip() for column in COLUMNS]
-    for column, text in zip(COLUMNS, texts, strict=True):
-        if not re.fullmatch("[1-9][0-9]{0,7}", text):
-            raise SpecError(f"{where}: {column}: got {text[:60]!r}; allowed: a whole number from 1 to {MAX_TOKENS:,}")
-    if sum(pair := [int(text) for text in texts]) > limit:
-        raise SpecError(f"{where}: {' + '.join(COLUMNS)}: got {' + '.join(texts)} tokens; allowed: at most {limit:,}")
-    return pair
+def _numbers(column: pd.Series[Any]) -> pd.Series[float]:
+    """As floats: 374, 374.0 and 1,234 as they are read; NaN for what is no number."""
+    text = column.map(str).astype(object)
+    numbers = pd.to_numeric(text, errors="coerce").astype(float)
+    odd = text[numbers.isna()].str.strip()
+    grouped = odd[odd.str.fullmatch(GROUPED).astype(bool)].str.replace(r"[^-\d.]", "", regex=True)
+    numbers = numbers.fillna(pd.to_numeric(grouped).astype(float))
+    return numbers.where(np.isfinite(numbers))
+
+
+def _arrivals(use: pd.DataFrame, unit: float) -> tuple[Times | None, str]:
+    """Seconds from the first start, shape (requests,), in the file's order; or None, and the reason where there is one."""
+    if use["start"].isna().all():
+        return None, ""
+    times = _numbers(use["start"])
+    if times.isna().all():
+        dates = pd.to_datetime(use["start"].map(str), utc=True, errors="coerce", format="ISO8601")
+        times, unit = (dates - dates.min()).dt.total_seconds(), 1.0
+    unit = next((seconds for least, seconds in EPOCHS if times.median() > least), unit)
+    if (lost := times.isna()).any():
+        row, said = use[lost].iloc[0][["row", "start"]]
+        return None, f"no arrivals: {lost.sum():,} start times cannot be read, first in row {row}: {str(said)[:40]!r}"
+    if times.min() == times.max():
+        return None, "no arrivals: all start at once"
+    return np.asarray((times - times.min()) * unit, np.float64), ""
+
+
+def _cached(use: pd.DataFrame, prompt: Lengths) -> float | None:
+    """The share of prompt tokens in blocks whose hashes, from the first on, came before; nothing is ever evicted."""
+    hashes = use["hashes"].tolist()
+    if not all(isinstance(ids, list) and ids and all(type(one) is int for one in ids) for ids in hashes):
+        return None
+    block = 2 ** math.ceil(math.log2(max(tokens / len(ids) for tokens, ids in zip(prompt, hashes, strict=True))))
+    seen: set[int] = set()
+    found = 0
+    for tokens, ids in zip(prompt.tolist(), hashes, strict=True):
+        found += min(block * sum(1 for _ in takewhile(seen.__contains__, ids)), tokens)
+        seen.update(ids)
+    return float(found / prompt.sum())
+
+
+def _trace(name: str, data: bytes, max_total: int | None, kind: Kind) -> Trace:
+    runs = find_requests(data)
+    every = pd.concat([run.requests for run in runs], ignore_index=True)
+    use, notes = _usable(every, max_total or MAX_TOKENS)
+    columns, ended = runs[0].columns, [run for run in runs if not (run.requests["trouble"] == "failed").all()]
+    arrivals, reason = _arrivals(use, columns.unit)
+    if len(ended) > 1 and arrivals is not None:
+        arrivals, reason = None, f"no arrivals: {len(ended)} runs in it, one after the other"
+    if arrivals is not None:
+        order = np.argsort(arrivals, kind="stable")
+        use, arrivals = use.iloc[order], arrivals[order]
+    prompt, output = (_numbers(use[side]).to_numpy().astype(np.int64) for side in ("prompt", "output"))
+    seconds = sum(number_at(run.seconds) for run in ended)
+    if kind == "file":
+        notes = ["read from " + ", ".join(filter(None, columns[:3])), *filter(None, [reason]), *notes]
+    known = seconds if 0 < seconds < math.inf else None
+    return Trace(name, sha256(data).hexdigest(), prompt, output, kind, known, arrivals, _cached(use, prompt), tuple(notes))
+
+
+def _usable(every: pd.DataFrame, limit: int) -> tuple[pd.DataFrame, list[str]]:
+    """The requests that can be used, and what the others are. Raises SpecError where those are more than half."""
+    prompt, output = _numbers(every["prompt"]), _numbers(every["output"])
+    bad: dict[str, pd.Series[bool]] = {what: every["trouble"] == what for what in every["trouble"].unique() if what}
+    bad |= {
+        "without a number of tokens": prompt.isna() | output.isna(),
+        "of a negative number of tokens": (prompt < 0) | (output < 0),
+        "of no whole number of tokens": (prompt % 1 > 0) | (output % 1 > 0),
+        "without prompt tokens": prompt == 0,
+        "without output tokens": output == 0,
+        f"of more than {limit:,} tokens": prompt + output > limit,
+    }
+    which = np.select([mask.to_numpy(dtype=bool) for mask in bad.values()], range(1, len(bad) + 1), 0)
+    told = []
+    for number, what in enumerate(bad, 1):
+        if len(places := np.flatnonzero(which == number)):
+            one = every.iloc[places[0]]
+            said = str(one["said"] or f"{one['prompt']} + {one['output']}")[:60]
+            told.append(f"{len(places):,} ({100 * len(places) / len(every):.3g} %) {what}, first in row {one['row']}: {said!r}")
+    lost = np.count_nonzero(which)
+    if (which == 1).all() and next(iter(bad)) == "failed":
+        raise SpecError(
+            f"got a run in which every request failed, the first with {said!r}; its server's log says why; run it again"
+        )
+    if 2 * lost > len(every):
+        raise SpecError(f"got {len(every):,} requests, of which {'; '.join(told)}; allowed: at most half that cannot be used")
+    return every[which == 0], ["left out: " + "; ".join(told)] if told else []

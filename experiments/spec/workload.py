@@ -28,7 +28,7 @@ from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.spec.expand import AS_PUBLISHED, Traffic
 from experiments.spec.spec import STRICT, read_spec
-from experiments.spec.traces import MAX_TOKENS, Lengths, Trace, load_bench_result, load_trace
+from experiments.spec.traces import MAX_TOKENS, Lengths, Trace, read_trace
 
 TRACES = PACKAGE.parent / "artifacts" / "traces"
 SOURCE, TABLE = TRACES / "sharegpt.yaml", TRACES / "synthetic_sharegpt.csv"
@@ -148,20 +148,18 @@ def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
 
 
 def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int | None = None) -> Trace:
-    """The user's file if one is given, a CSV or a .json of vllm bench serve, else the fetched trace if there, else a synthetic.
+    """The user's file if one is given, else the fetched trace if there, else a synthetic.
 
-    max_total: what the model allows for prompt + output; a longer request in the user's file is an error. Raises SpecError.
+    max_total: what the model allows for prompt + output; longer requests in the user's file are left out. Raises SpecError.
     """
-    if trace_file and trace_file.endswith(".json"):
-        return load_bench_result(Path(trace_file), max_total)
     if trace_file:
-        return load_trace(Path(trace_file), max_total)
+        return read_trace(Path(trace_file), max_total)
     if not fetched.is_file():
         return synthetic_trace()
     digest, expected = sha256(fetched.read_bytes()).hexdigest(), read_spec(SOURCE, TraceSource).sha256
     if digest != expected:
         raise SpecError(f"{fetched}: sha256: got {digest}; allowed: {expected}; delete it, then fetch the trace again")
-    return load_trace(fetched, kind="fetched")
+    return read_trace(fetched, kind="fetched")
 
 
 def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:

@@ -10,7 +10,6 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import check_advice
 import numpy as np
@@ -31,15 +30,14 @@ from experiments.engine.arguments import serving_arguments
 from experiments.engine.session import run_session, warm_up
 from experiments.engine.vllm_engine import engine_arguments, environment
 from experiments.machine.doctor import problems
-from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase
 from experiments.records.provenance import gpus
 from experiments.records.record import Record
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import LoadPoint, Session, expand
 from experiments.spec.spec import TESTBEDS, load_figure, load_model, load_testbed
-from experiments.spec.traces import Trace, describe_trace, load_bench_result
-from experiments.spec.workload import choose_trace, synthetic_trace
+from experiments.spec.traces import Trace
+from experiments.spec.workload import synthetic_trace
 
 
 @pytest.fixture(scope="module")
@@ -136,45 +134,6 @@ def test_a_trace_of_one_request(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "one.csv").write_text("num_prefill_tokens,num_decode_tokens\n100,10\n")
     assert ask(tmp_path, tmp_path / "one.csv", "TBT_P99=0.1") == 2
     assert "TRACE: one.csv: got 1 request; allowed: at least 16" in capsys.readouterr().err
-
-
-def bench_result(**changes: Any) -> dict[str, Any]:
-    """The keys of a result of vllm bench serve that matter here, and one that does not."""
-    lengths = {"input_lens": [100 + n for n in range(20)], "output_lens": [10] * 19 + [0]}
-    return {"date": "20260101-000000", "duration": 40.0, "completed": 19, **lengths, **changes}
-
-
-def test_result_of_vllm_bench_serve(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    path.write_text(json.dumps(bench_result()))
-    trace = choose_trace(str(path), max_total=8192)
-    assert trace.prompt.tolist() == [100 + n for n in range(19)]  # the last one failed
-    assert trace.output.tolist() == [10] * 19
-    assert describe_trace(trace) == (
-        "trace result.json (file): 19 requests; prompt tokens P50 109, P90 116, P99 118; "
-        "output tokens P50 10, P90 10, P99 10; served in 40.0 s, 0.47 requests/s"
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", "not valid JSON"),
-        ("[]", "input_lens: got nothing; allowed: a list of tokens, as vllm bench serve --save-detailed writes"),
-        (json.dumps({"mean_ttft_ms": 1.0}), "input_lens: got nothing"),
-        (json.dumps(bench_result(output_lens=[1.5])), "output_lens: got [1.5]"),
-        (json.dumps(bench_result(output_lens=[1])), "got 20 and 1 lengths"),
-        (json.dumps(bench_result(output_lens=[0] * 20)), "0 requests that gave tokens"),
-        (json.dumps(bench_result(input_lens=[8192] * 20)), "got 8202 tokens; allowed: at most 8,192"),
-    ],
-)
-def test_bad_results(content: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    path.write_text(content)
-    with pytest.raises(SpecError) as caught:
-        load_bench_result(path, 8192)
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
 
 
 def test_capacity_of_the_papers_machines(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from experiments.simulator.calibration import Calibration, load_calibration
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, expand
 from experiments.spec.spec import load_figure, load_testbed, read_yaml
-from experiments.spec.traces import load_trace
+from experiments.spec.traces import read_trace
 from experiments.spec.workload import synthetic_trace
 
 ORIGINAL = Path(__file__).parents[3] / "shared" / "data" / "sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
@@ -81,7 +81,7 @@ def test_stored_values_are_what_the_calibrations_give(name: str) -> None:
 @needs_original
 @pytest.mark.parametrize("name", [PAPER, RECENT])
 def test_stored_values_of_table_4_are_what_the_original_trace_gives(name: str) -> None:
-    found = serving_values(*session(name, "fig9b", "yi-34b"), load_trace(ORIGINAL))
+    found = serving_values(*session(name, "fig9b", "yi-34b"), read_trace(ORIGINAL))
     assert found == [value for value in STORED[name]["values"] if value["source"] == "Table 4"]
 
 

@@ -28,6 +28,7 @@ from experiments.spec.spec import read_spec
 
 ORIGINAL = Path(__file__).parents[3] / "shared" / "data" / "sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
 needs_original = pytest.mark.skipif(not ORIGINAL.is_file(), reason="the original's trace is no part of the project")
+HEADER = "num_prefill_tokens,num_decode_tokens\n"
 TINY = b"num_prefill_tokens,num_decode_tokens,pd_ratio\n10,5,2\n20,4,5\n30,3,10\n"
 GOLDEN_ARRIVALS = {  # QPS -> sha256 of 1024 little-endian doubles, computed from the original's formula with glibc's log
     0.55: "d0566c7f9219314adcdfe41090aded8e1289866c905af139c520f9bbcce68db9",
@@ -127,13 +128,13 @@ def test_arrivals_refuse_what_makes_no_sense(qps: float, count: int, seed: int, 
 @needs_original
 @pytest.mark.parametrize("limit", [8192, 4096, 1024])
 def test_lengths_are_the_original_ones(limit: int) -> None:
-    lengths = workload.trace_lengths(traces.load_trace(ORIGINAL), 2000, 42, limit)
+    lengths = workload.trace_lengths(traces.read_trace(ORIGINAL), 2000, 42, limit)
     assert np.stack(lengths, axis=1).tolist() == expected_lengths(pd.read_csv(ORIGINAL), 2000, 42, limit)
 
 
 @needs_original
 def test_the_original_trace_is_the_one_that_is_fetched() -> None:
-    trace = traces.load_trace(ORIGINAL, max_total=8192)
+    trace = traces.read_trace(ORIGINAL, max_total=8192)
     source = read_spec(workload.SOURCE, workload.TraceSource)
     assert (trace.sha256, ORIGINAL.stat().st_size) == (source.sha256, source.bytes)
     assert len(trace.prompt) == len(trace.output) == 30731
@@ -146,7 +147,7 @@ def test_lengths_fit_and_follow_the_original(pairs: list[tuple[int, int]], seed:
     assert prompt.dtype == output.dtype == np.int64
     assert min(prompt.min(), output.min()) >= 1
     assert (prompt + output).max() <= limit
-    frame = pd.DataFrame(pairs, columns=list(traces.COLUMNS))
+    frame = pd.DataFrame(pairs, columns=["num_prefill_tokens", "num_decode_tokens"])
     assert np.stack([prompt, output], axis=1).tolist() == expected_lengths(frame, count, seed, limit)
 
 
@@ -168,95 +169,12 @@ def test_lengths_refuse_more_than_the_trace_holds(count: int, seed: int, limit: 
     one_line(error, "made.csv", what)
 
 
-# Files
-
-
-def test_a_file_is_read_by_its_column_names(tmp_path: Path) -> None:
-    path = tmp_path / "mine.csv"
-    path.write_bytes(b'\xef\xbb\xbfother, num_decode_tokens ,num_prefill_tokens\r\n\r\nx, 5 ,10\r\n"a\nb",6,20\r\n')
-    trace = traces.load_trace(path)
-    assert (trace.prompt.tolist(), trace.output.tolist()) == ([10, 20], [5, 6])
-    assert (trace.name, trace.kind) == ("mine.csv", "file")
-    assert trace.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert traces.load_trace(path, max_total=26).prompt.tolist() == [10, 20]
-
-
-HEADER = "num_prefill_tokens,num_decode_tokens\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("", ["an empty file"]),
-        ("\n\n", ["an empty file"]),
-        (HEADER, ["a header without rows"]),
-        ("num_prefill_tokens\n1\n", ["row 1", "'num_prefill_tokens'", "num_decode_tokens"]),
-        ("num_prefill_tokens;num_decode_tokens\n1;2\n", ["row 1", "one column num_prefill_tokens"]),
-        ("num_prefill_tokens," + HEADER + "1,2,3\n", ["row 1", "one column num_prefill_tokens"]),
-        (HEADER + "1,2\n0,2\n", ["row 3", "num_prefill_tokens", "'0'", "1 to 10,000,000"]),
-        (HEADER + "1,2\n5,0\n", ["row 3", "num_decode_tokens", "'0'"]),
-        (HEADER + "-7,2\n", ["row 2", "num_prefill_tokens", "'-7'"]),
-        (HEADER + "7,x\n", ["row 2", "num_decode_tokens", "'x'"]),
-        (HEADER + "7,\n", ["row 2", "num_decode_tokens", "''"]),
-        (HEADER + "7.5,2\n", ["row 2", "num_prefill_tokens", "'7.5'"]),
-        (HEADER + "7,nan\n", ["row 2", "'nan'"]),
-        (HEADER + "7,1e3\n", ["row 2", "'1e3'"]),
-        (HEADER + "7,\u0663\n", ["row 2", "num_decode_tokens"]),
-        (HEADER + "7," + "9" * 5000 + "\n", ["row 2", "num_decode_tokens"]),
-        (HEADER + "12000000,5\n", ["row 2", "12000000 + 5", "10,000,000"]),
-        (HEADER + "7\n", ["row 2", "got 1 fields", "allowed: 2"]),
-        (HEADER + "7,8,9\n", ["row 2", "got 3 fields"]),
-        (HEADER + '7,"8\n', ["row 2", "not valid CSV"]),
-        (HEADER + "7," + "9" * 200_000 + "\n", ["row 2", "not valid CSV"]),
-    ],
-)
-def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:
-    path = tmp_path / "bad.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(SpecError) as error:
-        traces.load_trace(path)
-    one_line(error, "bad.csv", *parts)
-    assert len(str(error.value)) < 400 + len(str(path))
-
-
-def test_a_row_longer_than_the_model_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "long.csv"
-    path.write_text(HEADER + "10,5\n8000,193\n")
-    assert traces.load_trace(path).prompt.tolist() == [10, 8000]
-    with pytest.raises(SpecError) as error:
-        traces.load_trace(path, max_total=8192)
-    one_line(error, "long.csv: row 3", "num_prefill_tokens + num_decode_tokens", "8000 + 193", "at most 8,192")
-
-
-def test_what_is_no_text_file_is_told(tmp_path: Path) -> None:
-    (tmp_path / "binary.csv").write_bytes(b"\x89PNG\xff")
-    for name, part in [("binary.csv", "not text in UTF-8 (byte 0)"), ("none.csv", "No such file"), (".", "directory")]:
-        with pytest.raises(SpecError) as error:
-            traces.load_trace(tmp_path / name)
-        one_line(error, str(tmp_path), part)
-
-
-@given(st.binary(max_size=300) | st.text('019.,-\n"', max_size=40).map(lambda text: (HEADER + text).encode()))
-def test_any_bytes_give_a_trace_or_one_line(data: bytes) -> None:
-    class InMemory(type(Path())):  # type: ignore[misc]
-        def read_bytes(self) -> bytes:
-            return data
-
-    try:
-        trace = traces.load_trace(InMemory("any.csv"))
-        told, shortest = "", min(trace.prompt.min(), trace.output.min())
-    except SpecError as error:
-        told, shortest = str(error), 1
-    assert len(told.splitlines()) <= 1
-    assert shortest >= 1
-
-
 # The synthetic trace
 
 
 @needs_original
 def test_the_synthetic_trace_is_close_to_the_original() -> None:
-    original, synthetic = traces.load_trace(ORIGINAL), workload.synthetic_trace()
+    original, synthetic = traces.read_trace(ORIGINAL), workload.synthetic_trace()
     assert len(synthetic.prompt) == len(original.prompt)
     for pick in (lambda t: t.prompt, lambda t: t.output, lambda t: t.prompt + t.output):
         assert ks_2samp(pick(original), pick(synthetic)).statistic <= 0.02

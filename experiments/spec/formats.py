@@ -1,0 +1,272 @@
+"""Requests out of the files that people have, read by content: CSV with any separator, JSON, one after another or in lists."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pandas as pd
+
+from experiments.records.errors import SpecError
+
+SHAPES = (  # columns or keys: prompt tokens, output tokens, what else must be there; start times; seconds in their unit
+    ("num_prefill_tokens num_decode_tokens", "arrived_at", 1),  # Sarathi-Serve, Vidur
+    ("request_num_prefill_tokens request_num_decode_tokens", "", 1),  # what their simulators write
+    ("input_lens output_lens", "start_times", 1),  # vllm bench serve, SGLang
+    ("context_tokens generated_tokens", "timestamp", 1),  # Azure
+    ("request_tokens response_tokens", "timestamp", 1),  # BurstGPT
+    ("input_length output_length chat_id", "timestamp", 1),  # Qwen-Bailian
+    ("input_length output_length", "timestamp", 1e-3),  # Mooncake; AIPerf and Dynamo take its form
+    ("input_sequence_length output_sequence_length", "request_start_ns", 1e-9),  # AIPerf
+    ("prompt_tokens output_tokens", "request_start_time", 1),  # GuideLLM
+    ("prompt_tokens completion_tokens", "start_time", 1),  # OpenAI's usage, LiteLLM
+    ("prompt_tokens generation_tokens", "launch_time", 1),  # vLLM production stack
+    ("input_tokens output_tokens", "start_time", 1),  # inference-perf, OpenTelemetry, Anthropic's usage
+    ("number_input_tokens number_output_tokens", "", 1),  # LLMPerf
+    ("prompt_size token_size", "arrival_timestamp", 1),  # SplitwiseSim
+    ("prompt_len output_len", "", 1),
+    ("isl osl", "", 1),
+)
+STARTS = ("arrived_at", "arrival_time", "start_time", "timestamp", "created", "created_at")  # where a shape has no other
+ERRORS = {"error", "errors", "errorcode", "errormessage"}
+FINE = {"", "none", "null", "nan", "0", "0.0", "false", "ok", "[]", "{}"}  # what they say of a request that went well
+UNFINISHED = {"errored", "incomplete"}  # GuideLLM's lists of requests that did not end well
+MEANS = (  # of a summary: prompt tokens, output tokens, of how many requests they are the sum
+    ("total_input_tokens", "total_output_tokens", "completed"),  # vllm bench serve, SGLang
+    ("input_sequence_length.avg", "output_sequence_length.avg", ""),  # AIPerf, GenAI-Perf
+    ("metrics.prompt_token_count.successful.mean", "metrics.output_token_count.successful.mean", ""),  # GuideLLM
+    ("results_number_input_tokens_mean", "results_number_output_tokens_mean", ""),  # LLMPerf
+)
+TEXTS = {"prompt", "text", "messages", "conversation", "conversations", "question", "instruction", "requestinputs", "payloads"}
+NO_TEXT = {  # how a file begins that is none of these
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file; git lfs pull fetches it",
+    b"PK\x03\x04": "an archive or a workbook; unpack it, or save it as CSV",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it with zstd -d",
+    b"BZh": "a bzip2 archive; unpack it with bunzip2",
+    b"\xfd7zXZ": "an xz archive; unpack it with unxz",
+    b"<": "a web page; fetch the file that it shows",
+}
+DETAILS = "vllm bench serve --save-result --save-detailed, SGLang's --output-details, AIPerf's profile_export.jsonl have them"
+COUNTED = "vllm bench serve --dataset-path FILE --save-result --save-detailed counts them, and its result is read here"
+REQUEST = ("row", "prompt", "output", "start", "hashes", "trouble", "said")  # one as the file has it, in the columns of a frame
+MOST_RUNS = 1000  # how far something with requests is looked for in a list of something else
+
+
+class Columns(NamedTuple):
+    """The columns of a shape as the file names them, and the seconds in the unit of its start times."""
+
+    prompt: str
+    output: str
+    start: str | None
+    unit: float
+
+
+class Found(NamedTuple):
+    """The requests of a run, and the seconds that it took where that is known."""
+
+    requests: pd.DataFrame
+    columns: Columns
+    seconds: Any = None
+
+
+def find_requests(data: bytes) -> list[Found]:
+    """The requests in a file, a Found for each run. Raises SpecError where there are none: what there is, and the way on."""
+    if data.startswith(b"PAR1"):
+        found = _from_parquet(data)
+    else:
+        text = _text(data)
+        found = _from_json(text) if text.lstrip()[:1] in ("{", "[") else _from_csv(text)
+    if not sum(len(run.requests) for run in found):
+        raise SpecError("got no requests; allowed: at least one")
+    return found
+
+
+def _text(data: bytes) -> str:
+    """Unpacked and decoded."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise SpecError(f"cut off or damaged gzip ({error}); fetch it again") from None
+    for start, what in NO_TEXT.items():
+        if data.startswith(start):
+            raise SpecError(f"got {what}")
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"cannot be read: not text in UTF-8 (byte {error.start}); CSV or JSON is expected") from None
+
+
+def _plain(name: str) -> str:
+    """A column's or key's name without case, punctuation, and the keys above it; AIPerf keeps values under `value`."""
+    return re.sub("[^a-z0-9]", "", name.removesuffix(".value").rpartition(".")[2].lower())
+
+
+def _pick(names: Iterable[str]) -> Columns | None:
+    """The columns of the first shape that is there. Raises SpecError where one is there twice."""
+    at: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: name.count(".")):
+        at.setdefault(_plain(name), []).append(name)
+    for needed, start, unit in SHAPES:
+        keys = [_plain(name) for name in needed.split()]
+        if not all(key in at for key in keys):
+            continue
+        for same in (at[key] for key in keys[:2]):
+            if len({name.count(".") for name in same[:2]}) < len(same[:2]):
+                raise SpecError(f"got two columns {same[0]}; allowed: one of each name; rename the other")
+        starts = [name for name in (start, *STARTS) if _plain(name) in at]
+        first = at[_plain(starts[0])][0] if starts else None
+        return Columns(at[keys[0]][0], at[keys[1]][0], first, unit if starts[:1] == [start] else 1)
+    return None
+
+
+def _from_csv(text: str) -> list[Found]:
+    """A table with a header, separated by what its first line has most of. Rows count as lines do, the first is 1."""
+    separator = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    lines = ((reader.line_num, fields) for fields in reader if any(fields))
+    try:
+        header = next(lines, (0, []))[1]
+        if not header:
+            raise SpecError("got an empty file; allowed: at least one request")
+        first = next(lines, (0, header))
+        if len(first[1]) == len(header) + 1:  # a separator ends each row, or a name begins it, or a comma parts thousands
+            header = [*header, ""] if not first[1][-1] else header if separator == "," else ["", *header]
+        columns = _pick(header)
+        if columns is None:
+            _refuse([dict(zip(header, fields, strict=False)) for _, fields in chain([first], islice(lines, MOST_RUNS))])
+        if not first[0]:
+            raise SpecError("got a header without rows; allowed: at least one request")
+        prompt, output = header.index(columns.prompt), header.index(columns.output)
+        start = header.index(columns.start) if columns.start else None
+        rows: list[tuple[object, ...]] = []
+        for line, fields in chain([first], lines):
+            if len(fields) == len(header):
+                rows.append((line, fields[prompt], fields[output], fields[start] if start is not None else None, None, "", ""))
+            else:
+                rows.append((line, "", "", None, None, f"of other than {len(header)} fields", f"{len(fields)} fields"))
+    except csv.Error as error:
+        raise SpecError(f"row {reader.line_num}: not valid CSV: {error}; it may be cut off there") from None
+    if len(fields) < len(header) and not text.endswith(("\n", "\r")):
+        raise SpecError(f"cut off in row {line}: got {len(fields)} of {len(header)} fields; fetch it again, or delete that row")
+    return [Found(pd.DataFrame(rows, columns=REQUEST, dtype=object), columns)]
+
+
+def _from_json(text: str) -> list[Found]:
+    """JSON, or several of it in turn, such as a line for each request or for each run."""
+    decoder, every, position = json.JSONDecoder(), [], 0
+    try:
+        while tail := re.compile(r"\S").search(text, position):
+            one, position = decoder.raw_decode(text, tail.start())
+            every.append(one)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated") or not re.search(r'["}\],:\n]', text[error.pos :].rstrip()):
+            raise SpecError(f"cut off in line {error.lineno}, in the middle of its JSON; fetch it again") from None
+        raise SpecError(f"line {error.lineno}: not valid JSON: {error.msg}; CSV or JSON is expected") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise SpecError(f"not valid JSON: {error}; CSV or JSON is expected") from None
+    return list(_runs(every)) or _refuse(every)
+
+
+def _from_parquet(data: bytes) -> list[Found]:
+    try:
+        every = pd.read_parquet(io.BytesIO(data)).to_dict("records")
+    except (OSError, ValueError) as error:
+        raise SpecError(f"cut off or damaged Parquet ({str(error).splitlines()[0][:60]}); fetch it again") from None
+    return list(_runs(every)) or _refuse(every)
+
+
+def _runs(node: Any, trouble: str = "") -> Iterator[Found]:
+    """The runs at any depth of what JSON holds: a list of requests, or lists of equal length, a value for each request."""
+    if isinstance(node, list):
+        table = pd.json_normalize([one for one in node if isinstance(one, dict)])
+        columns = _pick(map(str, table.columns))
+        if columns and not any(isinstance(one, list) for one in table[columns.prompt]):
+            yield Found(_requests(table, columns, trouble), columns)
+            return
+        some = False
+        for number, one in enumerate(node):
+            if number == MOST_RUNS and not some:
+                return  # a list of something else
+            for found in _runs(one, trouble):
+                some = True
+                yield found
+    elif isinstance(node, dict):
+        lists = {key: value for key, value in node.items() if isinstance(value, list)}
+        if columns := _pick(lists):
+            counts = [len(lists[name]) for name in columns[:2]]
+            if counts[0] != counts[1]:
+                told = f"{columns.prompt}, {columns.output}: got {counts[0]} and {counts[1]} values"
+                raise SpecError(f"{told}; allowed: as many of each; fetch it again")
+            even = {key: pd.Series(value, dtype=object) for key, value in lists.items() if len(value) == counts[0]}
+            yield Found(_requests(pd.DataFrame(even), columns, trouble), columns, node.get("duration"))
+        else:
+            for key, value in node.items():
+                yield from _runs(value, "failed" if key in UNFINISHED else trouble)
+
+
+def _requests(table: pd.DataFrame, columns: Columns, trouble: str) -> pd.DataFrame:
+    """A run's requests in the columns REQUEST; those of which it tells an error failed."""
+    said = pd.Series("", index=table.index, dtype=object)
+    for name in table.columns:
+        if _plain(name.partition(".")[0]) in ERRORS:
+            text = table[name].map(str).astype(object)
+            said = said.mask((said == "") & ~text.str.strip().str.lower().isin(FINE), text)
+    values = (range(1, len(table) + 1), *(table.get(name) for name in (*columns[:3], "hash_ids")))
+    troubles = np.where(said == "", trouble, "failed")
+    return pd.DataFrame(dict(zip(REQUEST, (*values, troubles, said), strict=True)), index=table.index, dtype=object)
+
+
+def _refuse(every: list[Any]) -> NoReturn:
+    """Raises SpecError for what holds no requests: what it is instead, and the way on."""
+    names: dict[str, str] = {}
+    for one in islice(_objects(every), MOST_RUNS):
+        names |= {_plain(name): name for name in one}
+        for prompt, output, count in MEANS:
+            tokens = [number_at(one, prompt), number_at(one, output)]
+            requests = number_at(one, count) if count else 1.0
+            if requests == 0:
+                raise SpecError("got a run in which every request failed; its server's log says why; run it again")
+            if min(*tokens, requests) > 0:
+                means = [max(round(number / requests), 1) for number in tokens]
+                told = f"got a summary, {means[0]} and {means[1]} tokens at the mean, without its requests: {DETAILS}"
+                raise SpecError(f"{told}; or have all alike: TRACE={means[0]}/{means[1]}")
+    if texts := [name for key, name in names.items() if key in TEXTS]:
+        raise SpecError(f"got texts ({', '.join(texts)[:60]}) without both numbers of tokens: {COUNTED}")
+    if {"avg", "mean", "p50", "p99"} & set(names):
+        raise SpecError(f"got a summary without its requests: {DETAILS}")
+    for needed, _, _ in SHAPES:
+        there = [_plain(name) in names for name in needed.split()]
+        if len(there) == 2 and any(there):
+            has, lacks = needed.split()[:: 1 if there[0] else -1]
+            raise SpecError(f"got {names[_plain(has)]} without {lacks}; allowed: both, a number of tokens in each request")
+    told = ", ".join(names.values())[:60] or "nothing with a name"
+    raise SpecError(
+        f"got {told!r}; allowed: columns or keys such as num_prefill_tokens and num_decode_tokens; docs/workload.md has all"
+    )
+
+
+def _objects(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+    for one in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _objects(one)
+
+
+def number_at(node: Any, path: str = "") -> float:
+    """The number under these keys of what JSON holds, NaN where there is none."""
+    try:
+        for key in filter(None, path.split(".")):
+            node = node[key]
+        return float(node)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return math.nan
