@@ -207,6 +207,8 @@ def _runs(node: Any, trouble: str = "") -> Iterator[Found]:
             if counts[0] != counts[1]:
                 told = f"{columns.prompt}, {columns.output}: got {counts[0]} and {counts[1]} values"
                 raise SpecError(f"{told}; allowed: as many of each; fetch it again")
+            if node.get("request_rate") in ("inf", math.inf):
+                columns = columns._replace(start=None)  # all were sent at once: their starts are of no traffic
             even = {key: pd.Series(value, dtype=object) for key, value in lists.items() if len(value) == counts[0]}
             yield Found(_requests(pd.DataFrame(even), columns, trouble), columns, node.get("duration"))
         else:
