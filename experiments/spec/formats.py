@@ -238,7 +238,7 @@ def _refuse(every: list[Any]) -> NoReturn:
             requests = number_at(one, count) if count else 1.0
             if requests == 0:
                 raise SpecError("got a run in which every request failed; its server's log says why; run it again")
-            if min(*tokens, requests) > 0:
+            if all(0 < number < math.inf for number in (*tokens, requests)):
                 means = [max(round(number / requests), 1) for number in tokens]
                 told = f"got a summary, {means[0]} and {means[1]} tokens at the mean, without its requests: {DETAILS}"
                 raise SpecError(f"{told}; or have all alike: TRACE={means[0]}/{means[1]}")

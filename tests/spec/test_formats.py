@@ -222,6 +222,7 @@ def test_a_table_is_read_however_it_is_spelled(
             '{"completed": 4, "total_input_tokens": 2050, "total_output_tokens": 512}',
             ["a summary, 512 and 128 tokens at the mean", "--save-detailed", "TRACE=512/128"],
         ),
+        ('{"completed": 4, "total_input_tokens": 2050, "input_lens": [1]}', ["input_lens without output_lens"]),  # embeddings
         ("run,completed,total_input_tokens,total_output_tokens\n0,2,20,10\n", ["TRACE=10/5"]),
         (lines({"input_sequence_length": {"avg": 550.4}, "output_sequence_length": {"avg": 15.9}}), ["TRACE=550/16"]),
         (

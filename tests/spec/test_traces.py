@@ -16,7 +16,17 @@ from experiments.records.errors import SpecError
 from experiments.spec.traces import describe_trace, read_trace
 from experiments.spec.workload import choose_trace
 
-KEYS = ["input_lens", "output_lens", "isl", "osl", "start_time", "error", "hash_ids"]
+KEYS = [
+    "input_lens",
+    "output_lens",
+    "isl",
+    "osl",
+    "start_time",
+    "error",
+    "hash_ids",
+    "total_input_tokens",
+    "total_output_tokens",
+]
 
 
 # What cannot be used
