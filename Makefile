@@ -11,7 +11,11 @@ REPLICATES ?=##      sessions per model, each with its own seed; default: the te
 TRACE ?=##           requests: a trace, a result of a benchmark, or 512/128 for all alike; default: what make trace fetched, else synthetic
 OUT ?= artifacts/runs##    where runs go
 BAG ?=##             an archive made elsewhere, for make verify
-MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b
+MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b; with GPU a Hugging Face id, a folder with a config.json, or one
+GPU ?=##             in make recommend and capacity, a GPU that is not here, by kernel tables: h100_sxm, ...; GPU=help lists them
+TP ?=##              with GPU, the tensor parallel size: 1, 2, 4, 8; default: 1
+MAX_LEN ?=##         with GPU, tokens of prompt and output together; default: 8192, or what the model has
+DTYPE ?=##           with GPU: bfloat16, float16 or fp8; default: fp8 where the model is, else bfloat16
 TTFT_P99 ?=##        in make recommend, a target: at most so much P99 TTFT, in seconds or as 300ms; also _P50, _P90, _P95
 TBT_P99 ?=##         the same of the time between tokens
 TPOT_P99 ?=##        the same of the time per output token, a request's mean time between tokens
@@ -97,7 +101,7 @@ HAS_GPU := $(filter-out 0,$(shell command -v nvidia-smi >/dev/null 2>&1 && nvidi
 HAS_DOCKER := $(shell command -v $(call QUOTED,$(DOCKER)) 2>/dev/null)
 HAS_PYTHON := $(if $(HAS_GPU),$(shell $(call QUOTED,$(PYTHON)) -c 'import sys; print(*[1] * (sys.version_info >= (3, 11)))' 2>/dev/null))
 # What may start an engine. All else runs in .venv on this host, as a simulation does, whatever GPUs are here.
-MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate recommend gpu-check check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
+MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate $(if $(GPU),,recommend) gpu-check check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
 ASKED := $(if $(filter IN,$(GIVEN)),$(IN))
 # Where there is a GPU doctor says what auto stands for, before anything else is set up: make reads its answer and starts anew.
 ifneq ($(and $(MEASURING),$(HAS_GPU),$(filter auto,$(TESTBED)),$(if $(filter docker,$(ASKED)),,1),$(or $(HAS_PYTHON),$(if $(HAS_DOCKER),,1))),)
@@ -122,6 +126,8 @@ ENGINE := $(ENGINE:cuda=cpu)
 endif
 $(call ONE_OF,IN,docker host,$(IN))
 SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
+# A GPU that is not here, by its kernel tables.
+ON_TABLES := GPU TP MAX_LEN DTYPE
 # What is asked of make recommend alone.
 QUESTION := $(foreach kind,TTFT TBT TPOT E2E,$(foreach p,50 90 95 99,$(kind)_P$p)) GOODPUT QPS CONCURRENCY ARRIVALS HIT
 $(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(QUESTION),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
@@ -175,11 +181,15 @@ $(BUILT): docker/Dockerfile docker/install-system.sh docker/install-python.sh do
 preflight: $(BUILT)
 	@docker/preflight.sh run
 
+# Tables of GPUs that are not here are read on the host.
+ifneq ($(strip $(GPU)),)
+override IN := host
+endif
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
 ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips fuzz conformance verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED REPLICATES OUT BAG MODEL $(QUESTION) FIGURE TRIAL
+export TESTBED REPLICATES OUT BAG MODEL $(ON_TABLES) $(QUESTION) FIGURE TRIAL
 export DOCKER IMAGE TARGET GPU_FLAGS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS BUILD_FLAGS IMAGE_DISK SOURCE NODE_IP
 export $(foreach v,RAY_ADDRESS RAY_AUTH_TOKEN,$(if $($v),$v))
 # Where an engine on a GPU would run: doctor asks nothing of this host that the image brings.
@@ -290,12 +300,18 @@ tables: $(TABLES)/tables.stamp ## the calibrations of the paper's scale anew, fr
 validate: setup ## what the simulator predicts for the finished fig9a and fig9b of this machine, against what was measured
 	@$(ENGINE_PY) -m analysis.advise.validate --testbed="$$TESTBED" --runs="$$OUT" $(SAY)
 
-recommend: setup ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine
-	@$(ENGINE_PY) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" $(WITH_TRACE) $(SAY) -- \
-		$(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
+# Tables of GPUs that are not here need their own environment, which holds all that simulation needs.
+LOWER = $(shell printf %s '$1' | tr A-Z_ a-z-)
+ON_GPU = $(foreach v,$(ON_TABLES),$(if $($v),--$(call LOWER,$v)="$$$v"))
+BY_TABLES := $(if $(strip $(GPU)),$(TABLES)/tables.stamp)
+TABLES_PY = $(if $(BY_TABLES),$(TABLES)/bin/python,$1)
 
-capacity: $(VENV)/core.stamp ## capacity by chunk size and P99 TBT target on the paper's machines, simulated; the paper's choices
-	@$(PY) -m analysis.advise.paper_capacity $(WITH_TRACE) $(SAY)
+recommend: $(or $(BY_TABLES),setup) ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine
+	@$(call TABLES_PY,$(ENGINE_PY)) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" \
+		$(ON_GPU) $(WITH_TRACE) $(SAY) -- $(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
+
+capacity: $(or $(BY_TABLES),$(VENV)/core.stamp) ## capacity by chunk size and P99 TBT target on the paper's machines, or of MODEL on GPU; the paper's choices
+	@$(call TABLES_PY,$(PY)) -m analysis.advise.paper_capacity $(if $(BY_TABLES),--model="$$MODEL") $(ON_GPU) $(WITH_TRACE) $(SAY)
 
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
 	@$(ENGINE_PY) tests/bench/check_advice.py --testbed="$$TESTBED" --out="$$OUT" $(if $(MODEL),--model="$$MODEL") $(SAY)

@@ -24,6 +24,7 @@ KNOWN = re.findall(r"^([A-Z0-9_]+) \?=", MAKEFILE, re.M)
 FIXED = {"TARGET", "DOCKER", "IN", "QUIET", "JSON", "ALL", "FULL"}
 FREE = [name for name in KNOWN if name not in {*FIXED, "PYTHON"}]  # PYTHON is a command, as it should be
 ON_THE_HOST = re.findall(r"[a-z-]+", re.search(r"^ifneq \(\$\(filter ([a-z -]+),\$\(MAKECMDGOALS", MAKEFILE, re.M)[1])  # type: ignore[index]
+ON_TABLES = ("GPU", "TP", "MAX_LEN", "DTYPE")
 OPTIONS = {  # what must reach Python as it was given: variable -> target -> how the argument begins
     "OUT": {"fig9a": "--out=", "report": "--runs=", "recommend": "--out=", "package": "--runs="},
     "TESTBED": {"fig9b": "--testbed=", "calibrate": "--testbed=", "recommend": "--testbed=", "validate": "--testbed="},
@@ -31,6 +32,7 @@ OPTIONS = {  # what must reach Python as it was given: variable -> target -> how
     "REPLICATES": {"fig9a": "--replicates="},
     "MODEL": {"recommend": "--model=", "check-advice": "--model="},
     **{name: {"recommend": f"{name}="} for name in VARIABLES},
+    **{name: dict.fromkeys(("recommend", "capacity"), f"--{name.lower().replace('_', '-')}=") for name in ON_TABLES},
     "FIGURE": {"plan": ""},
     "TRIAL": {"export": ""},
     "BAG": {"verify": "--bag="},
@@ -135,7 +137,7 @@ def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) 
         *((f"IN={value}", f"IN: got '{value}'; allowed: docker host") for value in ("dokcer", "", "docker host")),
         *((f"TARGET={value}", f"TARGET: got '{value}'; allowed: cuda cpu") for value in ("gpu", "", "cpu; touch pwned")),
         *((f"DOCKER={value}", f"DOCKER: got '{value}'; allowed: docker podman") for value in ("", "dokcer", "docker podman")),
-        ("TTFT_P98=1", "TTFT_P98: no variable of this Makefile; near it: TESTBED TRACE TTFT_P99 TBT_P99"),
+        ("TTFT_P98=1", "TTFT_P98: no variable of this Makefile; near it: TESTBED TRACE TP TTFT_P99 TBT_P99"),
         ("BATCH=8", "BATCH: no variable of this Makefile; near it: BAG BUILD_FLAGS"),
         ("a'b=$(shell touch pwned)", "a'b: no variable of this Makefile"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +43,7 @@ class Advice:
     low: float
     high: float
     per_seed: tuple[float, ...]
+    default: Option | None = None  # vLLM's own, where that is known and covered
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ def advise(case: Case, search: Search, question: Question, also: Sequence[Settin
         words = f"at least {search.rate(HIGHEST - 1):.3g} requests/s, the highest load looked at; this trial cannot tell"
         raise SpecError(f"{case.model}: {question}: {words}; tighter targets are needed, or a longer TRACE")
     rates = [capacity.rate for capacity in capacities]
-    slow, fast = (found / rates[0] for found in model_error(case, search, best.setting, limits, rates[0]))
-    return Advice(question, best, neighbours, *interval(rates, slow, fast, case.sampled), tuple(rates))
+    slow, fast = (found / rates[0] for found in model_error(case, search, question, best.setting, rates[0]))
+    default = known_default(case, lambda setting: option(case, search, setting, limits, best.rate))
+    return Advice(question, best, neighbours, *interval(rates, slow, fast, case.sampled), tuple(rates), default)
 
 
 def steady(case: Case, question: Question) -> tuple[Case, Search, Advice]:
@@ -132,7 +135,7 @@ def steady(case: Case, question: Question) -> tuple[Case, Search, Advice]:
     interval over seeds. Raises SpecError where none up to MOST_REQUESTS is, or the interval is wider than WIDEST even then."""
     while True:
         advice = advise(case, search := case.search(question), question)
-        longer, best, told = case.lasting(2 * case.requests), advice.best, advice.high <= WIDEST * advice.low
+        longer, best, told = case.lasting(2 * case.requests), advice.best, told_by(case, advice)
         name, rate = (question.goal, question.rate or 1.0) if question.load else (best.bound_by, advice.value)
         if told:
             once, twice = (
@@ -150,6 +153,13 @@ def steady(case: Case, question: Question) -> tuple[Case, Search, Advice]:
         case = longer
 
 
+def told_by(case: Case, advice: Advice) -> bool:
+    """Whether the interval is an answer; how far off a GPU that is not here may be no trial tells, and is said beside it."""
+    seeds = interval(advice.per_seed, 1.0, 1.0, case.sampled)
+    low, high = seeds[1:] if case.calibration.gpu else (advice.low, advice.high)
+    return high <= WIDEST * low
+
+
 def option(case: Case, search: Search, setting: Setting, limits: Latency, near: float = 1.0) -> Option:
     """The capacity of a setting, mean over seeds; of the first seed, the latencies at the highest rate served not above it."""
     found = [search.capacity(setting, limits, seed, near) for seed in case.seeds[:FIRST]]
@@ -158,13 +168,24 @@ def option(case: Case, search: Search, setting: Setting, limits: Latency, near: 
     return Option(setting, interval([capacity.rate for capacity in found], 1.0, 1.0)[0], found[0].bound_by, seen[below])
 
 
-def model_error(case: Case, search: Search, setting: Setting, limits: Latency, rate: float) -> tuple[float, float]:
-    """Capacity if every step took longer, or shorter, by the calibration's held-out error.
+def known_default(case: Case, made: Callable[[Setting], Option]) -> Option | None:
+    """What vLLM's default gives; None where that is not known, does not fit the memory or is not covered."""
+    with suppress(SpecError):
+        return made(case.default) if case.default and case.fits(case.default) else None
+    return None
+
+
+def model_error(case: Case, search: Search, question: Question, setting: Setting, rate: float) -> tuple[float, float]:
+    """Capacity if every step took longer, or shorter, by the calibration's error, see Case.off.
 
     A machine that is slower by f serves a rate as this one serves f times the rate, with latencies f times as long: the
-    simulations at hand tell it.
+    simulations at hand tell it, but where small steps are off by more.
     """
-    factor, seed = 1 + case.calibration.error.held_out, case.seeds[0]
+    factor, seed, limits = 1 + case.off, case.seeds[0], question.limits
+    if case.calibration.error.small_steps:
+        trials = (case.slower(f).search(question) for f in (factor, 1 / factor))
+        slow, fast = (trial.capacity(setting, limits, seed, rate).rate for trial in trials)
+        return slow, fast
     slow = search.capacity(setting, limits.times(1 / factor), seed, rate).rate / factor
     fast = search.capacity(setting, limits.times(factor), seed, rate).rate * factor
     return slow, fast
@@ -187,7 +208,7 @@ def interval(values: Sequence[float], down: float, up: float, sampled: float = 0
 def advise_load(case: Case, search: Search, question: Question) -> Advice:
     """At a load that is given, the setting with the lowest latency of those that keep the limits. In a closed loop the rate is
     what users and latency make of it (Little's law), and no arrival heeds the one that is put to the search."""
-    limits, goal, factor = question.limits, question.goal, 1 + case.calibration.error.held_out
+    limits, goal, factor = question.limits, question.goal, 1 + case.off
     rate, users = question.rate or 1.0, question.users
 
     @cache
@@ -209,9 +230,13 @@ def advise_load(case: Case, search: Search, question: Question) -> Advice:
     best = found[0]
     beside = [Setting(size, best.max_batch) for size in around(best.budget, [setting.budget for setting in swept])]
     values = [at(best, seed)[goal] for seed in case.seeds]
-    slow, fast = (search.serve(best, rate * f, case.seeds[0])[goal] * f / values[0] for f in (factor, 1 / factor))
+    if case.calibration.error.small_steps:
+        trials = (case.slower(f).search(question) for f in (factor, 1 / factor))
+        slow, fast = (trial.serve(best, rate, case.seeds[0])[goal] / values[0] for trial in trials)
+    else:
+        slow, fast = (search.serve(best, rate * f, case.seeds[0])[goal] * f / values[0] for f in (factor, 1 / factor))
     known = interval(values, fast, slow, case.sampled)
-    return Advice(question, made(best), tuple(map(made, beside)), *known, tuple(values))
+    return Advice(question, made(best), tuple(map(made, beside)), *known, tuple(values), known_default(case, made))
 
 
 def _impossible(case: Case, question: Question, words: str, seen: Mapping[Setting, Latency]) -> SpecError:

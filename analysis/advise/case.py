@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
@@ -10,9 +11,11 @@ import numpy as np
 
 from analysis.advise.capacity import Search, Setting
 from analysis.advise.question import Question
+from experiments.records.errors import SpecError
 from experiments.records.metrics import Served
 from experiments.records.record import Phase
-from experiments.simulator.calibration import Calibration
+from experiments.simulator.calibration import Calibration, at_speed
+from experiments.simulator.memory import Memory, gpu_memory, vllm_default
 from experiments.simulator.scheduler import Rows
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, Traffic
@@ -20,6 +23,7 @@ from experiments.spec.spec import EngineSettings
 from experiments.spec.traces import Trace
 from experiments.spec.workload import serving_requests
 
+SMALL = 512  # tokens; below, tables of experts are known to be off by more
 LEAST = 1024  # requests of a trial, at first
 SEEDS_AGAIN = 16  # where a trace is drawn again: they tell how far it is from the traffic that it is a sample of
 
@@ -59,6 +63,37 @@ class Case:
         """Of the engine; chunk size and batch are what is looked for."""
         return self.session.engine
 
+    @property
+    def off(self) -> float:
+        """How far off simulated times may be, relative: on held-out steps or, where more is known, on whole requests."""
+        error = self.calibration.error
+        return max(error.held_out, error.end_to_end or 0.0)
+
+    def slower(self, factor: float) -> Case:
+        """With every step longer by the factor, or shorter; small ones by what is known of them, where that is worse."""
+        known, small = at_speed(self.calibration, 1 / factor), 1 + (self.calibration.error.small_steps or 0.0)
+        more = max(small, factor) / factor if factor > 1 else min(1 / small, factor) / factor
+        pairs = zip(known.linear.at, known.linear.seconds, strict=True)
+        linear = replace(known.linear, seconds=tuple(s * (more if n < SMALL else 1.0) for n, s in pairs))
+        return replace(self, calibration=replace(known, linear=linear))
+
+    def memory(self, setting: Setting) -> Memory:
+        """Of a GPU that is not here. Raises SpecError where this setting leaves no KV cache."""
+        settings = replace(self.settings, max_budget=setting.budget, max_batch=setting.max_batch)
+        return gpu_memory(settings, self.calibration.device_memory_bytes or 0.0)
+
+    def fits(self, setting: Setting) -> bool:
+        """Whether the memory of a GPU that is not here allows it; elsewhere the engine says."""
+        with suppress(SpecError):
+            return not self.calibration.gpu or self.memory(setting).blocks > 0
+        return False
+
+    @property
+    def default(self) -> Setting | None:
+        """What vLLM takes on this GPU where it is told nothing."""
+        gpu, reported = self.calibration.gpu, self.calibration.device_memory_bytes or 0.0
+        return Setting(*vllm_default(gpu, reported, self.settings.max_model_len)) if gpu else None
+
     def search(self, question: Question) -> Search:
         """Capacities by simulation, of loads and latencies as they are asked for."""
         return Search(lambda setting, rate, seed: question.latency(self.served(setting, rate, seed)))
@@ -68,15 +103,16 @@ class Case:
         """What the requests see, simulated: setting, rate in requests/s, seed."""
 
         @cache
-        def engine(max_batch: int, seed: int) -> SimulatedEngine:
-            settings = replace(self.settings, max_batch=max_batch, max_budget=self.settings.max_model_len)
-            return SimulatedEngine(settings, self.calibration, seed)
+        def engine(setting: Setting, seed: int) -> SimulatedEngine:
+            settings = replace(self.settings, max_batch=setting.max_batch, max_budget=self.settings.max_model_len)
+            blocks = self.memory(setting).blocks if self.calibration.gpu else None
+            return SimulatedEngine(settings, self.calibration, seed, blocks)
 
         @cache
         def asked(seed: int) -> Rows:
             count, session = self.warm_up + self.requests, self.session
             drawn = serving_requests(self.trace, 1.0, count, seed, self.max_total, session.scale, session.traffic)
-            rows = engine(self.settings.max_batch, seed).requests(Phase(1, drawn))
+            rows = engine(self.settings_to_try()[0], seed).requests(Phase(1, drawn))
             rows["cached_tokens"] = np.minimum(self.hit * rows["prompt_tokens"], rows["prompt_tokens"] - 1)
             rows["computed"] = rows["cached_tokens"]
             return rows
@@ -85,25 +121,30 @@ class Case:
             requests = asked(seed).copy()  # all arrivals by a factor sooner or later, as serving_requests draws them
             requests["arrival_s"] /= rate
             requests["budget"] = setting.budget
-            return engine(setting.max_batch, seed).served(requests, self.warm_up)
+            return engine(setting, seed).served(requests, self.warm_up)
 
         return serve
 
+    @property
+    def largest(self) -> int:
+        """The largest step of interest, tokens: a whole prompt, or what is covered."""
+        return min(self.settings.max_model_len, self.calibration.valid.tokens)
+
     def settings_to_try(self) -> list[Setting]:
         """Chunk sizes that double from twice the most requests in a step, so that decodes leave half of it, to unchunked."""
-        batch, last = self.settings.max_batch, self.settings.max_model_len
+        batch, last = self.settings.max_batch, self.largest
         sizes = [batch * 2**n for n in range(1, (last // batch).bit_length()) if batch * 2**n < last]
-        return [Setting(size, batch) for size in (*sizes, last)]
+        return [setting for size in (*sizes, last) if self.fits(setting := Setting(size, batch))] or [Setting(last, batch)]
 
     def beside(self, setting: Setting) -> set[Setting]:
         """The settings next to this one: chunk sizes half an octave apart, most requests in a step an octave."""
-        base, most = self.settings.max_batch, max(self.settings.max_model_len, self.calibration.valid.tokens)
+        base, most = self.settings.max_batch, self.calibration.valid.tokens
         octaves = [base * 2.0**n for n in range(-base.bit_length(), (most // base).bit_length())]
-        sizes = {int(size * part) for size in octaves for part in (1, 1.5)} | {self.settings.max_model_len, setting.budget}
+        sizes = {int(size * part) for size in octaves for part in (1, 1.5)} | {self.largest, setting.budget}
         near = [setting.budget, *around(setting.budget, sorted(sizes))]
         batches = [setting.max_batch, setting.max_batch // 2, 2 * setting.max_batch]
         pairs = {Setting(size, batch) for size in near for batch in batches if 1 <= batch <= base and 2 * batch <= size <= most}
-        return pairs - {setting}
+        return {pair for pair in pairs - {setting} if self.fits(pair)}
 
 
 def under(case: Case, question: Question) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 from analysis.advise.advice import TIE, Advice, Option, advise, option
 from analysis.advise.capacity import WORDS, Latency, Setting
 from analysis.advise.case import Case
+from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, say, show_gpus
 from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
-from analysis.advise.tell import curves, facts, marks, show
+from analysis.advise.tell import curves, facts, marks, show, slug
 from analysis.judge.load import REFERENCE
 from analysis.show.plots import save
 from analysis.show.plots_advice import capacity_figure
@@ -72,21 +74,42 @@ def explain(case: Case, advice: Advice, paper: Option) -> str:
     return f"the paper chose otherwise: {carries(paper)}; ours: {carries(best)}: {why}"
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """All models of the paper's table that the testbed has. Exit status 0, or 2 for bad input."""
-    parser = arguments("analysis.advise.paper_capacity", __doc__, "testbed", "trace", "report")
-    parser.set_defaults(testbed="a100-sim")
-    options = parse(parser, argv)
-    testbed, paper = load_testbed(options.testbed), read_spec(REFERENCE / "capacity.yaml", PaperTargets)
+def slos(case: Case) -> dict[str, float]:
+    """The paper's rule for its targets (section 5.1): 5 and 25 times a step of 32 decodes at 4,096 tokens; seconds."""
+    step = CostModel(case.calibration).step(0, 32, 0, 0, 32 * 4096)
+    return {"strict": round(5 * step, 4), "relaxed": round(25 * step, 4)}
+
+
+def papers(options: argparse.Namespace, paper: PaperTargets) -> tuple[str, list[tuple[Case, dict[str, float]]]]:
+    """The paper's models on its machines, with its targets. Raises SpecError for a testbed that is none of these."""
+    testbed = load_testbed(options.testbed)
     if testbed.scale > 1 or testbed.platform != "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}; allowed: a simulated one at the paper's scale, such as a100-sim")
     trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
     console.print(describe_trace(trace))
+    return testbed.title, [(case_of(testbed, model, trace), targets) for model, targets in paper.tbt_p99.items()]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """All models of the paper's table that the testbed has, or one on a GPU. Exit status 0, or 2 for bad input."""
+    parser = arguments("analysis.advise.paper_capacity", __doc__, "testbed", "trace", "report")
+    parser.set_defaults(testbed="a100-sim")
+    for name, about in {"model": "with --gpu: a Hugging Face id, or a config.json", **GPU_OPTIONS}.items():
+        parser.add_argument(f"--{name}", default="", help=about)
+    options = parse(parser, argv)
+    if options.gpu == "help":
+        result(gpus=show_gpus())
+        return 0
+    paper = read_spec(REFERENCE / "capacity.yaml", PaperTargets)
+    if options.gpu:
+        case = case_asked(options)
+        where, cases = f"{options.tp or 1} {options.gpu}", [(case, slos(case))]
+    else:
+        where, cases = papers(options, paper)
     tables, points, answers = [], [], []
-    for model, targets in paper.tbt_p99.items():
-        case = case_of(testbed, model, trace)
-        Question(Latency(tbt_p99=1.0)).check(trace, testbed.scale)
+    for case, targets in cases:
+        Question(Latency(tbt_p99=1.0)).check(case.trace, case.session.scale)
         search = case.search(Question())
         only_delay = Latency(delay_p50=paper.delay_p50)
         tables.append(curves(case, search, case.settings_to_try(), only_delay, [*targets.values()]))
@@ -96,12 +119,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             advice = advise(case, search, question, also=[chosen])
             words = explain(case, advice, option(case, search, chosen, question.limits, advice.best.rate))
             show(case, advice)
+            if options.gpu:
+                say(case, advice, question, [options.model, f"TBT_P99={target:g}"])
             console.print(f"{name} target of the paper: {words}")
             points.append(marks(case, advice))
             answers.append({"target": name, "paper": words, **facts(case, advice)})
-    table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{testbed.testbed}"
-    title = f"SIMULATED: capacity on {testbed.title}, median scheduling delay at most {paper.delay_p50:g} s; trace {trace.name}"
-    drawn = save(capacity_figure(table, title, paper.tbt_p99, pd.DataFrame(points), case.settings.max_model_len), path)
+    named = "-".join([case.session.testbed, *([case.model] if options.gpu else [])])
+    table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{slug(named)}"
+    title = f"SIMULATED: capacity on {where}, median scheduling delay at most {paper.delay_p50:g} s; trace {case.trace.name}"
+    wanted = {case.model: targets for case, targets in cases}
+    drawn = save(capacity_figure(table, title, wanted, pd.DataFrame(points), case.settings.max_model_len), path)
     files = [Path(f"{path}.csv"), Path(f"{path}.json"), *drawn]
     write_whole(files[0], table.to_csv(index=False))
     write_whole(files[1], to_json({"format": 2, "source": paper.source, "answers": answers}))

@@ -10,8 +10,9 @@ from pathlib import Path
 from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
 from analysis.advise.case import Case, under
+from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, say, show_gpus
 from analysis.advise.question import VARIABLES, asked
-from analysis.advise.tell import draw, facts, finite, serve_arguments, show, show_confirmed
+from analysis.advise.tell import draw, facts, finite, serve_arguments, show, show_confirmed, slug
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed, problems
 from experiments.records.errors import SpecError
@@ -74,23 +75,37 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input or targets that cannot be kept."""
     parser = arguments("analysis.advise.recommend", __doc__, "testbed", "trace", "out", "report")
-    parser.add_argument("--model", default="", help="as Figure 9b names it")
+    parser.add_argument("--model", default="", help="as Figure 9b names it; with --gpu a Hugging Face id, or a config.json")
+    for name, about in GPU_OPTIONS.items():
+        parser.add_argument(f"--{name}", default="", help=about)
     parser.add_argument("question", nargs="*", metavar="NAME=value", help=", ".join(VARIABLES))
     options = parse(parser, argv)
+    if options.gpu == "help":
+        result(gpus=show_gpus())
+        return 0
     question = asked(options.question)
-    testbed, reason = choose_testbed(options.testbed, options.out)
-    console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
-    trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
-    divided = f"; lengths divided by {testbed.scale} here" if testbed.scale > 1 else ""
-    console.print(f"{describe_trace(trace)}{divided}")
-    question.check(trace, testbed.scale)
-    simulated = testbed.platform == "simulated"
-    missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
-    missing += ["no prefix is cached on the engine here, HIT is simulated only"] if question.hit else []
-    question = replace(question, delay_s=DELAY_LIMIT_S / testbed.scale)
-    case, search, advice = steady(under(case_of(testbed, options.model, trace, make=not missing), question), question)
+    if options.gpu:
+        testbed, where, case = None, f"{options.tp or 1} {options.gpu}", case_asked(options)
+        missing = ["no GPU here is asked"]
+        question.check(case.trace, 1)
+    else:
+        testbed, reason = choose_testbed(options.testbed, options.out)
+        where = testbed.title
+        console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
+        trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
+        divided = f"; lengths divided by {testbed.scale} here" if testbed.scale > 1 else ""
+        console.print(f"{describe_trace(trace)}{divided}")
+        question.check(trace, testbed.scale)
+        simulated = testbed.platform == "simulated"
+        missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
+        missing += ["no prefix is cached on the engine here, HIT is simulated only"] if question.hit else []
+        case = case_of(testbed, options.model, trace, make=not missing)
+    question = replace(question, delay_s=DELAY_LIMIT_S / case.session.scale)
+    case, search, advice = steady(under(case, question), question)
     show(case, advice)
-    measured = [] if missing else confirm(case, advice, testbed)
+    if options.gpu:
+        say(case, advice, question, [options.model, *options.question])
+    measured = confirm(case, advice, testbed) if testbed and not missing else []
     final = settled(advice, measured)
     if missing:
         console.print(f"not measured: {missing[0]}")
@@ -98,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_confirmed(advice, measured)
     if final != advice.best.setting:
         console.print(f"paste: {serve_arguments(case, final)}")
-    path = options.report / f"recommend-{testbed.testbed}-{case.model}"
-    answer = {"format": 2, "testbed": testbed.testbed, **facts(case, advice), "vllm_serve": serve_arguments(case, final)}
+    path = options.report / f"recommend-{case.session.testbed}-{slug(case.model)}"
+    answer = {"format": 2, "testbed": case.session.testbed, **facts(case, advice), "vllm_serve": serve_arguments(case, final)}
     answer |= {"recommended": asdict(final), "measured": [finite(asdict(entry)) for entry in measured]}
-    files = [Path(f"{path}.json"), *draw(case, search, advice, testbed.title, path)]
+    files = [Path(f"{path}.json"), *draw(case, search, advice, where, path)]
     write_whole(files[0], to_json(answer))
     console.print(written(*files))
     result(**answer, files=files)

@@ -27,13 +27,21 @@ from experiments.spec.spec import MODELS, read_yaml
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
 
 
+def slug(name: str) -> str:
+    """A model's name as part of a file's."""
+    return re.sub("[^A-Za-z0-9.-]+", "-", name).strip("-")
+
+
 def serve_arguments(case: Case, setting: Setting) -> str:
     """What to paste into a shell: `vllm serve` with everything that the answer rests on, as our own engine is started."""
-    source = re.search(r"config\.json of (\S+)", str(read_yaml(MODELS / f"{case.settings.model}.json")["_source"]))
+    ours = MODELS / f"{case.settings.model}.json"
+    source = re.search(r"config\.json of (\S+)", str(read_yaml(ours)["_source"])) if ours.is_file() else None
     settings = replace(case.settings, max_budget=setting.budget, max_batch=setting.max_batch)
     variables = [f"{name}={value}" for name, value in serving_environment(settings).items()]
     options = serving_arguments(settings) | {"enable_prefix_caching": bool(case.hit)}
-    words = ["vllm", "serve", source[1] if source else "MODEL", *command_line(options)]
+    if case.calibration.gpu:  # attention as vLLM takes it there: ours is not on every GPU
+        options.pop("attention_backend")
+    words = ["vllm", "serve", source[1] if source else case.model if case.calibration.gpu else "MODEL", *command_line(options)]
     return " ".join([*variables, shlex.join(words)])
 
 
@@ -49,11 +57,14 @@ def show(case: Case, advice: Advice) -> None:
     names = [name for name in dict.fromkeys((*NAMES, *question.targets, question.goal)) if name in TARGETS]
     columns = (f"{WORDS[name]} ms" for name in names)
     view = terminal.table("chunk", "batch", "QPS", "to best", "bound by", *columns)
-    for option in sorted((best, *advice.neighbours), key=lambda option: option.setting):
+    known, default = {option.setting: option for option in (advice.default, best, *advice.neighbours) if option}, advice.default
+    for option in sorted(known.values(), key=lambda option: option.setting):
+        own = default and option.setting == default.setting
+        name = str(option.setting.budget) + (", vLLM's" if own else "")
         kept = f"{option.rate:.3g}" if option.rate else "no"
         cost = f"{option.rate / best.rate - 1:+.0%}" if not question.load else ""
         numbers = [f"{1e3 * option.latency[name]:.0f}" for name in names]
-        view.add_row(str(option.setting.budget), str(option.setting.max_batch), kept, cost, WORDS[option.bound_by], *numbers)
+        view.add_row(name, str(option.setting.max_batch), kept, cost, WORDS[option.bound_by], *numbers)
     console.print(f"\n{what}: {words}", style="bold")
     console.print(view, soft_wrap=False)
     keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"

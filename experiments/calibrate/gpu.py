@@ -137,7 +137,7 @@ def grid_of(longest: int, covered: int) -> Grid:
     contexts = [n for n in (256, 1024, 4096, 16384, 65536, LONGEST) if n <= max(longest, 4096)]
     pieces = [(n, 0) for n in sizes if n >= 128]
     pieces += [(n, total - n) for n in (512, 2048, 8192) for total in (16384, 32768, 65536, LONGEST) if n < total <= longest]
-    decode = [(n, at) for n in (1, 4, 16, 64, 128, 256, 1024) for at in contexts if n * at <= 2**21]
+    decode = [(n, at) for n in (1, 4, 16, 64, 128, 256, 1024) for at in contexts if n * at <= 2**22]
     mixed = [(n, decodes) for n in (256, 512, 1024, 2048) for decodes in (4, 16, 64, 256)]
     return Grid(sizes, pieces, decode, [*mixed, *((n, 0) for n in (640, 1536, 3072, 6144))])
 

@@ -61,10 +61,9 @@ def test_the_why_does_not_contradict_its_numbers(case: Case, best: Option, paper
         assert f"at most {paper.setting.max_batch} requests in a step" in numbers
 
 
-def test_a_request_longer_than_the_model_takes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = "".join(f"{100 + n},10\n" for n in range(20))
+def test_a_request_longer_than_the_model_takes_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"{100 + n},10\n" for n in range(15))
     (tmp_path / "mine.csv").write_text(f"num_prefill_tokens,num_decode_tokens\n{rows}8000,193\n")
     assert paper_capacity.main(["--trace", str(tmp_path / "mine.csv"), "--report", str(tmp_path / "report")]) == 2
-    error = capsys.readouterr().err
-    assert "mine.csv: row 22: num_prefill_tokens + num_decode_tokens: got 8000 + 193 tokens; allowed: at most 8,192" in error
+    assert "got 15 requests" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
