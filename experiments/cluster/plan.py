@@ -188,7 +188,8 @@ class Plan:
         cut = int((self.trace.prompt + self.trace.output > most).sum())
         shorter = f", {cut:,} of them cut to {most:,} tokens" if cut else ""
         count = f"{len(self.trace.prompt):,} requests{shorter}, at most {self.figure.requests:,} a trial"
-        return f"{self.trace.name} ({self.trace.kind}, {count})"
+        lost = [note for note in self.trace.notes if note.startswith("left out")]
+        return f"{self.trace.name} ({self.trace.kind}, {'; '.join([count, *lost])})"
 
     def text(self, outlook: Mapping[str, Any]) -> str:
         """An outlook for people."""

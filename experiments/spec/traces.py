@@ -80,7 +80,7 @@ def describe_trace(trace: Trace) -> str:
     else:
         parts.append("no arrival times in it")
     if trace.cached is not None:
-        parts.append(f"prefix caching would find {trace.cached:.0%} of the prompt tokens")
+        parts.append(f"prefix caching would find {trace.cached:.0%} of the prompt tokens (HIT={trace.cached:.2g})")
     return "; ".join([*parts, *trace.notes])
 
 

@@ -17,7 +17,6 @@ from fakes import FakeServingEngine, chunked
 from experiments.cluster import cluster
 from experiments.cluster.plan import Plan, local_node
 from experiments.engine.session import run_session
-from experiments.records.errors import SpecError
 from experiments.run import main
 from experiments.spec.expand import SATURATION, LoadPoint, Session
 from experiments.spec.traces import Trace
@@ -175,5 +174,9 @@ def test_what_is_cut_to_the_models_length_is_told(tmp_path: Path, capsys: pytest
     cut = int((whole.prompt + whole.output > 4096).sum())
     told = f"synthetic-sharegpt (synthetic, 30,731 requests, {cut:,} of them cut to 4,096 tokens, at most 1,024 a trial)"
     assert told in capsys.readouterr().out
-    with pytest.raises(SpecError, match=r"got .* tokens; allowed: at most 4,096"):
-        Plan(str(tmp_path / "short.yaml"), "a100-sim", None, tmp_path, written(tmp_path / "mine.csv", 2000))
+    mine = written(tmp_path / "mine.csv", 2000)
+    assert main([str(tmp_path / "short.yaml"), "--testbed", "a100-sim", "--plan", "--trace", mine, "--out", str(tmp_path)]) == 0
+    drawn = synthetic_trace(2000)
+    long = int((drawn.prompt + drawn.output > 4096).sum())
+    told = f"mine.csv (file, {2000 - long:,} requests, at most 1,024 a trial; left out: {long} ({long / 20:.3g} %) of more"
+    assert told in capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_the_share_that_prefix_caching_would_find() -> None:
         )
     )
     assert trace.cached == pytest.approx(1512 / 4000)
-    assert "; prefix caching would find 38% of the prompt tokens; " in describe_trace(trace)
+    assert "; prefix caching would find 38% of the prompt tokens (HIT=0.38); " in describe_trace(trace)
     assert read(HEADER + "1,1\n").cached is None
 
 
