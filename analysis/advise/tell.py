@@ -64,7 +64,9 @@ def show(case: Case, advice: Advice) -> None:
         kept = f"{option.rate:.3g}" if option.rate else "no"
         cost = f"{option.rate / best.rate - 1:+.0%}" if not question.load else ""
         numbers = [f"{1e3 * option.latency[name]:.0f}" for name in names]
-        view.add_row(name, str(option.setting.max_batch), kept, cost, WORDS[option.bound_by], *numbers)
+        view.add_row(
+            name, str(option.setting.max_batch), kept, cost, WORDS[option.bound_by].removeprefix("median scheduling "), *numbers
+        )
     console.print(f"\n{what}: {words}", style="bold")
     console.print(view, soft_wrap=False)
     keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"
