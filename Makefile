@@ -11,7 +11,7 @@ REPLICATES ?=##      sessions per model, each with its own seed; default: the te
 TRACE ?=##           requests: a trace, a result of a benchmark, or 512/128 for all alike; default: what make trace fetched, else synthetic
 OUT ?= artifacts/runs##    where runs go
 BAG ?=##             an archive made elsewhere, for make verify
-MODEL ?=##           in make recommend, the model: mistral-7b or yi-34b; with GPU a Hugging Face id, a folder with a config.json, or one
+MODEL ?=##           in make recommend and capacity, the model: mistral-7b or yi-34b; with GPU a Hugging Face id, a folder with a config.json, or one
 GPU ?=##             in make recommend and capacity, a GPU that is not here, by kernel tables: h100_sxm, ...; GPU=help lists them
 TP ?=##              with GPU, the tensor parallel size: 1, 2, 4, 8; default: 1
 MAX_LEN ?=##         with GPU, tokens of prompt and output together; default: 8192, or what the model has
@@ -128,6 +128,7 @@ $(call ONE_OF,IN,docker host,$(IN))
 SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
 # A GPU that is not here, by its kernel tables.
 ON_TABLES := GPU TP MAX_LEN DTYPE
+$(if $(filter recommend capacity,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(ON_TABLES),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend and make capacity alone))))
 # What is asked of make recommend alone.
 QUESTION := $(foreach kind,TTFT TBT TPOT E2E,$(foreach p,50 90 95 99,$(kind)_P$p)) GOODPUT QPS CONCURRENCY ARRIVALS HIT
 $(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(QUESTION),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
@@ -182,7 +183,7 @@ preflight: $(BUILT)
 	@docker/preflight.sh run
 
 # Tables of GPUs that are not here are read on the host.
-ifneq ($(strip $(GPU)),)
+ifneq ($(and $(strip $(GPU)),$(filter recommend capacity,$(MAKECMDGOALS))),)
 override IN := host
 endif
 # In the image the environment is there already; tests and linting stay on the host, and what they start gets no settings.
@@ -311,7 +312,8 @@ recommend: $(or $(BY_TABLES),setup) ## the chunk size for MODEL and latency targ
 		$(ON_GPU) $(WITH_TRACE) $(SAY) -- $(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
 
 capacity: $(or $(BY_TABLES),$(VENV)/core.stamp) ## capacity by chunk size and P99 TBT target on the paper's machines, or of MODEL on GPU; the paper's choices
-	@$(call TABLES_PY,$(PY)) -m analysis.advise.paper_capacity $(if $(BY_TABLES),--model="$$MODEL") $(ON_GPU) $(WITH_TRACE) $(SAY)
+	@$(call TABLES_PY,$(PY)) -m analysis.advise.paper_capacity $(if $(filter-out auto,$(TESTBED)),--testbed="$$TESTBED") \
+		$(if $(MODEL),--model="$$MODEL") $(ON_GPU) $(WITH_TRACE) $(SAY)
 
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
 	@$(ENGINE_PY) tests/bench/check_advice.py --testbed="$$TESTBED" --out="$$OUT" $(if $(MODEL),--model="$$MODEL") $(SAY)

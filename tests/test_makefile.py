@@ -27,10 +27,10 @@ ON_THE_HOST = re.findall(r"[a-z-]+", re.search(r"^ifneq \(\$\(filter ([a-z -]+),
 ON_TABLES = ("GPU", "TP", "MAX_LEN", "DTYPE")
 OPTIONS = {  # what must reach Python as it was given: variable -> target -> how the argument begins
     "OUT": {"fig9a": "--out=", "report": "--runs=", "recommend": "--out=", "package": "--runs="},
-    "TESTBED": {"fig9b": "--testbed=", "calibrate": "--testbed=", "recommend": "--testbed=", "validate": "--testbed="},
+    "TESTBED": dict.fromkeys(("fig9b", "calibrate", "recommend", "capacity", "validate"), "--testbed="),
     "TRACE": {"fig9b": "--trace=", "capacity": "--trace=", "recommend": "--trace=", "bench": "--trace="},
     "REPLICATES": {"fig9a": "--replicates="},
-    "MODEL": {"recommend": "--model=", "check-advice": "--model="},
+    "MODEL": {"recommend": "--model=", "capacity": "--model=", "check-advice": "--model="},
     **{name: {"recommend": f"{name}="} for name in VARIABLES},
     **{name: dict.fromkeys(("recommend", "capacity"), f"--{name.lower().replace('_', '-')}=") for name in ON_TABLES},
     "FIGURE": {"plan": ""},
@@ -171,6 +171,8 @@ def test_what_only_recommend_reads_is_said_elsewhere(checkout: Checkout) -> None
     told = {target: checkout.make(target, "TTFT_P99=1", "QPS=").stderr for target in ("fig9b", "recommend")}
     assert [target for target, said in told.items() if "TTFT_P99: read by make recommend alone" in said] == ["fig9b"]
     assert "QPS" not in told["fig9b"]
+    told = {target: checkout.make(target, "TP=2").stderr for target in ("fig9b", "capacity")}
+    assert [target for target, said in told.items() if "TP: read by make recommend and make capacity" in said] == ["fig9b"]
 
 
 def test_the_bags_of_the_run_are_handed_to_its_table(checkout: Checkout) -> None:

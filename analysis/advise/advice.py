@@ -197,6 +197,8 @@ def interval(values: Sequence[float], down: float, up: float, sampled: float = 0
     `sampled`: the share of the variance that no further seed would lessen (see Case). Where a seed has capacity 0 the mean is
     the median and the interval goes down to 0.
     """
+    if not any(values):
+        return 0.0, 0.0, 0.0
     seen = sample([value for value in values if value > 0])
     wide = math.sqrt(1 + seen.n * sampled)
     low, high = (float(seen.ratio * (end / seen.ratio) ** wide) for end in seen.interval())

@@ -100,7 +100,7 @@ class Search:
         seen = self.seen.setdefault((setting, seed), {})
         high = min((step for step in seen if excess(step) > 0), default=float(HIGHEST))
         low = max((step for step in seen if step < high and excess(step) <= 0), default=float(LOWEST - 1))
-        step, stride = float(round(GRID * math.log2(near))), 1
+        step, stride = float(round(GRID * math.log2(near))) if near else float(LOWEST), 1
         while high - low > 1:
             step = min(max(step, low + 1), high - 1) if high - low >= 2 else (low + high) / 2
             if excess(step) > 0:

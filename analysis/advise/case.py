@@ -127,8 +127,8 @@ class Case:
 
     @property
     def largest(self) -> int:
-        """The largest step of interest, tokens: a whole prompt, or what is covered."""
-        return min(self.settings.max_model_len, self.calibration.valid.tokens)
+        """The largest step of interest, tokens: a whole prompt, room for one beside the decodes, or what is covered."""
+        return min(max(self.settings.max_model_len, 2 * self.settings.max_batch), self.calibration.valid.tokens)
 
     def settings_to_try(self) -> list[Setting]:
         """Chunk sizes that double from twice the most requests in a step, so that decodes leave half of it, to unchunked."""

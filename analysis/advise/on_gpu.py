@@ -28,6 +28,18 @@ GPU_OPTIONS = {
 }
 
 
+def check_options(options: argparse.Namespace, default: str) -> None:
+    """Raises SpecError for options that the machine has no use for: a testbed other than the default beside a GPU that is not
+    here, or without one what only that has."""
+    given = [name for name in GPU_OPTIONS if name != "gpu" and getattr(options, name.replace("-", "_"))]
+    if options.gpu and options.testbed != default:
+        raise SpecError(f"TESTBED: got {options.testbed} and GPU={options.gpu}; allowed: one of them")
+    if given and not options.gpu:
+        raise SpecError(
+            f"{given[0].upper().replace('-', '_')}: got it without GPU; allowed: with GPU, a testbed states its own"
+        )
+
+
 def whole(name: str, text: str, default: int, most: int) -> int:
     """A variable of the Makefile as a whole number. Raises SpecError."""
     text = text.strip()
@@ -63,7 +75,9 @@ def case_asked(options: argparse.Namespace) -> Case:
     assert isinstance(figure, ServingFigure)
     check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
     config, name = model_of(model)
-    quantized = load_model(config).get("quantization_config")
+    quantized = load_model(config).get("quantization_config") or {}
+    if quantized.get("quant_method") == "fp8" and dtype not in ("", "fp8"):
+        raise SpecError(f"DTYPE: got {dtype} of a model whose weights are fp8; allowed: fp8")
     parts, kind = whole("TP", split, 1, 8), dtype or ("fp8" if quantized else "bfloat16")
     calibration = calibration_of(config, gpu, parts, kind)
     settings = EngineSettings(
@@ -82,7 +96,10 @@ def _default(advice: Advice) -> str:
         return "steps that the tables or the memory do not cover"
     if not own.rate:
         return f"misses the target for {WORDS[own.bound_by]}"
-    much = f"{own.rate:.3g} requests/s" + ("" if advice.question.load else f" ({own.rate / best.rate - 1:+.0%})")
+    goal = advice.question.goal
+    if advice.question.load:
+        return f"{WORDS[goal]} {own.latency[goal]:.3g} s, here {advice.value:.3g}"
+    much = f"{own.rate:.3g} requests/s ({own.rate / best.rate - 1:+.0%})"
     return f"{much}, {WORDS[own.bound_by]} forbids more, P99 TBT {1e3 * own.latency['tbt_p99']:.0f} ms there"
 
 
@@ -110,10 +127,12 @@ def say(case: Case, advice: Advice, question: Question, words: Sequence[str]) ->
         told = f"{own.budget} tokens and {own.max_batch} requests in a step"
         console.print(f"vLLM's default on this GPU, {told}: {_default(advice)}")
     prompt, output = (round(float(lengths.mean())) for lengths in (case.trace.prompt, case.trace.output))
-    rate = question.rate or 0.9 * advice.best.rate
+    traffic, users = case.session.traffic, question.users
+    load = f"--max-concurrency {users}" if users else f"--request-rate {question.rate or 0.9 * advice.best.rate:.3g}"
+    load += f" --burstiness {traffic.number**-2:.3g}" if traffic.arrivals == "gamma" else ""
     if any(panel.model == words[0] for panel in load_figure("fig9b").panels):
         console.print(f"verify there: make recommend MODEL={' '.join(words)}")
     console.print("verify by the command to paste and, in another shell: "
                   f"vllm bench serve --model {case.model} --dataset-name random --ignore-eos "
-                  f"--random-input-len {prompt} --random-output-len {output} --request-rate {rate:.3g} --num-prompts 1024 "
+                  f"--random-input-len {prompt} --random-output-len {output} {load} --num-prompts {max(1024, 4 * users)} "
                   "--percentile-metrics ttft,tpot,itl --metric-percentiles 50,99")  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 from analysis.advise.advice import TIE, Advice, Option, advise, option
 from analysis.advise.capacity import WORDS, Latency, Setting
 from analysis.advise.case import Case
-from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, say, show_gpus
+from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, check_options, say, show_gpus
 from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
 from analysis.advise.tell import curves, facts, marks, show, slug
@@ -26,7 +26,7 @@ from experiments.records.terminal import arguments, command, console, parse, res
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec
 from experiments.spec.traces import describe_trace
-from experiments.spec.workload import choose_trace
+from experiments.spec.workload import check_gaps, choose_trace
 
 
 @spec_dataclass(frozen=True, config=STRICT)
@@ -85,9 +85,13 @@ def papers(options: argparse.Namespace, paper: PaperTargets) -> tuple[str, list[
     testbed = load_testbed(options.testbed)
     if testbed.scale > 1 or testbed.platform != "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}; allowed: a simulated one at the paper's scale, such as a100-sim")
+    if options.model not in ("", *paper.tbt_p99):
+        allowed = f"{', '.join(paper.tbt_p99)}; others with GPU=, see GPU=help"
+        raise SpecError(f"MODEL: got {options.model!r}; allowed: {allowed}")
     trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
     console.print(describe_trace(trace))
-    return testbed.title, [(case_of(testbed, model, trace), targets) for model, targets in paper.tbt_p99.items()]
+    asked = {model: targets for model, targets in paper.tbt_p99.items() if options.model in ("", model)}
+    return testbed.title, [(case_of(testbed, model, trace), targets) for model, targets in asked.items()]
 
 
 @command
@@ -95,12 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """All models of the paper's table that the testbed has, or one on a GPU. Exit status 0, or 2 for bad input."""
     parser = arguments("analysis.advise.paper_capacity", __doc__, "testbed", "trace", "report")
     parser.set_defaults(testbed="a100-sim")
-    for name, about in {"model": "with --gpu: a Hugging Face id, or a config.json", **GPU_OPTIONS}.items():
+    for name, about in {"model": "one of the paper's; with --gpu a Hugging Face id, or a config.json", **GPU_OPTIONS}.items():
         parser.add_argument(f"--{name}", default="", help=about)
     options = parse(parser, argv)
     if options.gpu == "help":
         result(gpus=show_gpus())
         return 0
+    check_options(options, parser.get_default("testbed"))
     paper = read_spec(REFERENCE / "capacity.yaml", PaperTargets)
     if options.gpu:
         case = case_asked(options)
@@ -109,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where, cases = papers(options, paper)
     tables, points, answers = [], [], []
     for case, targets in cases:
-        Question(Latency(tbt_p99=1.0)).check(case.trace, case.session.scale)
+        check_gaps(case.trace, case.session.scale)
         search = case.search(Question())
         only_delay = Latency(delay_p50=paper.delay_p50)
         tables.append(curves(case, search, case.settings_to_try(), only_delay, [*targets.values()]))

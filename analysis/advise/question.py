@@ -20,7 +20,8 @@ from experiments.spec.workload import check_gaps
 VARIABLES = (*(name.upper() for name in TARGETS), "GOODPUT", "QPS", "CONCURRENCY", "ARRIVALS", "HIT")
 SHOWN = ("tbt_p99", "ttft_p50", "delay_p50")  # of every load, whatever is asked
 MOST = 1e6  # seconds, requests per second: what a figure may say, too
-MOST_CV, MOST_USERS, MOST_HIT = 100.0, 10_000, 0.99
+MOST_CV, MOST_USERS, MOST_HIT = 100.0, 5_000, 0.99  # users: the synthetic trace has requests for the longest trial of them
+LEAST_QPS = 1e-3  # a request every 17 minutes, as the lowest that is looked at; far below, clocks are too coarse
 LONG_S = 10.0  # a target beyond it may have been meant in milliseconds
 
 
@@ -118,7 +119,7 @@ def asked(words: Sequence[str]) -> Question:
     if goodput is not None and (not kinds or "tbt" in kinds or len({*kinds}) < len(kinds)):
         came = ", ".join(name.upper() for name in targets) or "no target"
         raise SpecError(f"GOODPUT: got {came} with it; allowed: one target each of TTFT, TPOT, E2E, of which a request has one")
-    traffic, rate = _traffic(given), _number("QPS", given["QPS"]) if "QPS" in given else None
+    traffic, rate = _traffic(given), _number("QPS", given["QPS"], least=LEAST_QPS) if "QPS" in given else None
     if rate and traffic and traffic.users:
         raise SpecError(f"QPS: got {given['QPS']} in a closed loop; allowed: one of them, its users make its load")
     hit = _number("HIT", given["HIT"], MOST_HIT, "a share of the prompt tokens, such as 0.4: ") if "HIT" in given else 0.0
@@ -144,11 +145,11 @@ def _traffic(given: Mapping[str, str]) -> Traffic | None:
     return Traffic("trace" if arrivals == "trace" else "poisson") if arrivals else None
 
 
-def _number(name: str, text: str, most: float = MOST, what: str = "") -> float:
+def _number(name: str, text: str, most: float = MOST, what: str = "", least: float = 0.0) -> float:
     with suppress(ValueError):
-        if 0 < float(text) <= most:
+        if least < float(text) <= most:
             return float(text)
-    raise SpecError(f"{name}: got {text!r}; allowed: {what}a number above 0, at most {most:g}")
+    raise SpecError(f"{name}: got {text!r}; allowed: {what}a number above {least:g}, at most {most:g}")
 
 
 def _seconds(name: str, text: str) -> float:

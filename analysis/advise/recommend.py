@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
 from analysis.advise.case import Case, under
-from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, say, show_gpus
+from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, check_options, say, show_gpus
 from analysis.advise.question import VARIABLES, asked
 from analysis.advise.tell import draw, facts, finite, serve_arguments, show, show_confirmed, slug
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
@@ -40,7 +40,8 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     assert isinstance(figure, ServingFigure)
     sessions = {session.model: session for session in expand(figure, testbed, 1)}
     if model not in sessions:
-        raise SpecError(f"MODEL: got {model!r}; allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}")
+        allowed = f"allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}; others with GPU=, see GPU=help"
+        raise SpecError(f"MODEL: got {model!r}; {allowed}")
     check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
     settings = sessions[model].engine
     here = calibration_here(testbed.testbed, settings)
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.gpu == "help":
         result(gpus=show_gpus())
         return 0
+    check_options(options, parser.get_default("testbed"))
     question = asked(options.question)
     if options.gpu:
         testbed, where, case = None, f"{options.tp or 1} {options.gpu}", case_asked(options)

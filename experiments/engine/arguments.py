@@ -24,11 +24,13 @@ def serving_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": settings.max_batch,
         "max_model_len": settings.max_model_len,
         "tensor_parallel_size": settings.tensor_parallel,
-        "dtype": settings.dtype,
+        "dtype": "bfloat16" if settings.dtype == "fp8" else settings.dtype,  # fp8: of the layers' weights alone
         "enable_prefix_caching": False,
         "async_scheduling": False,  # its outputs lag a step, so a token's time would be the next step's
         "enforce_eager": settings.platform == "cpu",
     }
+    if settings.dtype == "fp8":
+        arguments["quantization"] = "fp8"
     if settings.platform != "cpu":
         arguments["attention_backend"] = ATTENTION_BACKEND
     if settings.gpu_memory_utilization:

@@ -58,6 +58,9 @@ NO_TEXT = {  # how a file begins that is none of these
 DETAILS = "vllm bench serve --save-result --save-detailed, SGLang's --output-details, AIPerf's profile_export.jsonl have them"
 COUNTED = "vllm bench serve --dataset-path FILE --save-result --save-detailed counts them, and its result is read here"
 REQUEST = ("row", "prompt", "output", "start", "hashes", "trouble", "said")  # one as the file has it, in the columns of a frame
+LONE = re.compile(
+    r"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w"
+)  # half of a character, cut off in JSON
 MOST_RUNS = 1000  # how far something with requests is looked for in a list of something else
 
 
@@ -164,6 +167,7 @@ def _from_csv(text: str) -> list[Found]:
 def _from_json(text: str) -> list[Found]:
     """JSON, or several of it in turn, such as a line for each request or for each run."""
     decoder, every, position = json.JSONDecoder(), [], 0
+    text = LONE.sub(lambda found: found[1] or r"\ufffd", text)
     try:
         while tail := re.compile(r"\S").search(text, position):
             one, position = decoder.raw_decode(text, tail.start())
@@ -180,8 +184,8 @@ def _from_json(text: str) -> list[Found]:
 def _from_parquet(data: bytes) -> list[Found]:
     try:
         every = pd.read_parquet(io.BytesIO(data)).to_dict("records")
-    except (OSError, ValueError) as error:
-        raise SpecError(f"cut off or damaged Parquet ({str(error).splitlines()[0][:60]}); fetch it again") from None
+    except Exception as error:  # of any kind: what is damaged may be a type, a key, a codec
+        raise SpecError(f"cut off or damaged Parquet ({' '.join(str(error).split())[:60]}); fetch it again") from None
     return list(_runs(every)) or _refuse(every)
 
 

@@ -18,7 +18,7 @@ from experiments.records.errors import SpecError
 from experiments.spec.formats import find_requests, number_at
 
 MAX_TOKENS = 10_000_000  # of one request; far above any model, far below where float64 would blur the cut
-FIXED = 8192  # requests of a trace in which all are alike
+FIXED = 32768  # requests of a trace in which all are alike; as many as the longest trial of make recommend draws
 EPOCHS = ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3))  # times since 1970 in ns, us, ms: above this, seconds in the unit
 GROUPED = r"[-+]?\d{1,3}(?:([,_' \u00a0\u202f])\d{3})(?:\1\d{3})*(?:\.0*)?"  # digits in threes
 Kind = Literal["file", "fetched", "fixed", "synthetic"]

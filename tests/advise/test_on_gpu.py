@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from analysis.advise import on_gpu, paper_capacity, recommend
 from analysis.advise.advice import model_error
 from analysis.advise.capacity import Latency, Setting
 from analysis.advise.question import Question
+from analysis.advise.tell import serve_arguments
+from experiments.records.errors import SpecError
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.memory import GIB
+from experiments.spec.spec import load_model
 
 STORED = load_calibration("a100-mistral-7b")
 ERROR = replace(STORED.error, end_to_end=0.3)
@@ -91,6 +95,7 @@ def test_a_setting_that_does_not_fit_the_memory_is_not_tried(tmp_path: Path) -> 
     ("words", "line"),
     [
         (["--model=no/model"], "MODEL: got 'no/model'; allowed: "),
+        (["--model=mistral-7b", "--testbed=a100-sim"], "TESTBED: got a100-sim and GPU=a100_sxm; allowed: one of them"),
         (["--model=mistral-7b", "--tp=two"], "TP: got 'two'; allowed: a whole number from 1 to 8"),
         (["--model=mistral-7b", "--max-len=40000"], "MAX_LEN: got '40000'; allowed: a whole number from 1 to 32,768"),
     ],
@@ -98,6 +103,41 @@ def test_a_setting_that_does_not_fit_the_memory_is_not_tried(tmp_path: Path) -> 
 def test_bad_input_is_one_line(words: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(*words, "--", "TBT_P99=0.1", report=tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize("main", [recommend.main, paper_capacity.main])
+@pytest.mark.parametrize(("name", "option"), [("TP", "--tp=2"), ("MAX_LEN", "--max-len=4096"), ("DTYPE", "--dtype=fp8")])
+def test_what_only_such_a_gpu_has_is_refused_without_it(
+    main: Callable[[list[str]], int], name: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--testbed=a100-sim", "--model=mistral-7b", option]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: got it without GPU; allowed: with GPU, ")
+
+
+def test_the_command_to_verify_has_the_load_that_was_asked_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, load in ((["CONCURRENCY=300"], "--max-concurrency 300 --num-prompts 1200 "), (["QPS=1", "ARRIVALS=gamma:2"],
+                        "--request-rate 1 --burstiness 0.25 --num-prompts 1024 ")):  # fmt: skip
+        assert ask("--model=mistral-7b", "--", *words, report=tmp_path) == 0
+        said = capsys.readouterr().out
+        assert load in said
+        assert "P50 E2E" in said.partition("vLLM's default on this GPU")[2].partition("\n")[0]
+
+
+def test_a_chunk_has_room_for_all_decodes_however_short_requests_are(tmp_path: Path) -> None:
+    assert case(tmp_path, max_len="100").settings_to_try() == [Setting(512, 256)]
+
+
+def test_weights_that_are_in_fp8_stay_so(tmp_path: Path) -> None:
+    shape = load_model("mistral-7b") | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(SpecError, match=r"^DTYPE: got bfloat16 of a model whose weights are fp8; allowed: fp8$"):
+        case(tmp_path, model=str(tmp_path), dtype="bfloat16")
+
+
+def test_weights_in_fp8_are_a_quantization_to_vllm(tmp_path: Path) -> None:
+    words = serve_arguments(case(tmp_path, dtype="fp8"), Setting(512, 256))
+    assert "--dtype bfloat16 " in words
+    assert "--quantization fp8 " in words
 
 
 def test_the_gpus_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

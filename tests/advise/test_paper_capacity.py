@@ -61,6 +61,11 @@ def test_the_why_does_not_contradict_its_numbers(case: Case, best: Option, paper
         assert f"at most {paper.setting.max_batch} requests in a step" in numbers
 
 
+def test_a_model_that_is_not_the_papers_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper_capacity.main(["--model=Qwen/Qwen3-8B"]) == 2
+    assert "MODEL: got 'Qwen/Qwen3-8B'; allowed: mistral-7b, yi-34b; others with GPU=" in capsys.readouterr().err
+
+
 def test_a_request_longer_than_the_model_takes_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = "".join(f"{100 + n},10\n" for n in range(15))
     (tmp_path / "mine.csv").write_text(f"num_prefill_tokens,num_decode_tokens\n{rows}8000,193\n")

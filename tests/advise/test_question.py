@@ -136,6 +136,7 @@ def test_goodput_in_words() -> None:
         (["GOODPUT=0.95", "TBT_P99=1"], "GOODPUT: got TBT_P99 with it"),
         (["GOODPUT=0.95", "TTFT_P99=1", "TTFT_P50=1"], "GOODPUT: got TTFT_P50, TTFT_P99 with it"),
         (["QPS=-1"], "QPS: got '-1'; allowed: a number above 0"),
+        (["QPS=1e-9"], "QPS: got '1e-9'; allowed: a number above 0.001"),  # clocks are too coarse for times so far apart
         (["QPS=1", "QPS=2"], "'QPS=2': got it twice"),
         (["QPS=1", "CONCURRENCY=2"], "QPS: got 1 in a closed loop; allowed: one of them"),
         (["CONCURRENCY=2", "ARRIVALS=poisson"], "CONCURRENCY: got 2 and ARRIVALS=poisson; allowed: one of them"),

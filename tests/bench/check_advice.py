@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     testbed, _ = choose_testbed(options.testbed, options.out)
     if testbed.platform == "simulated":
         raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
+    if options.model not in testbed.models:
+        raise SpecError(f"MODEL: got {options.model!r}; allowed: {', '.join(testbed.models)}")
     trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
     console.print(describe_trace(trace))
     began = time.monotonic()

@@ -239,3 +239,10 @@ def test_a_table_is_read_however_it_is_spelled(
 )  # fmt: skip
 def test_what_is_no_trace_is_named_with_the_way_on(content: str | bytes, parts: list[str]) -> None:
     refused(content, *parts)
+
+
+def test_half_a_character_is_no_matter() -> None:
+    """As texts that were cut off hold it, which JSON may say and no string of pandas."""
+    one, whole = {"input_lens": [5] * 4, "output_lens": [7] * 4}, "\U0001f600 \\ud83d"
+    trace = read(json.dumps(one | {"errors": ["", "cut \ud83d", whole, ""]}))
+    assert trace.notes[-1] == "left out: 2 (50 %) failed, first in row 2: 'cut \ufffd'"

@@ -74,11 +74,11 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
 def test_requests_that_are_all_alike() -> None:
     trace = choose_trace("512/128", max_total=8192)
     assert (trace.name, trace.kind) == ("512/128", "fixed")
-    assert (set(trace.prompt), set(trace.output), len(trace.prompt)) == ({512}, {128}, 8192)
+    assert (set(trace.prompt), set(trace.output), len(trace.prompt)) == ({512}, {128}, 32768)
     assert trace.sha256 != choose_trace("512/129").sha256
     with pytest.raises(SpecError) as error:
         choose_trace("8192/1", max_total=8192)
-    assert "8,192 (100 %) of more than 8,192 tokens" in str(error.value)
+    assert "32,768 (100 %) of more than 8,192 tokens" in str(error.value)
 
 
 # What else it says
