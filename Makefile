@@ -380,7 +380,7 @@ lock: $(VENV)/dev.stamp ## renew the locks from pyproject.toml
 
 lock-check: lock ## renew the locks; an error if that changes one that is committed
 	@git diff --stat --exit-code -- 'docker/*.lock' || { echo "error: docker/*.lock: stale; commit what make lock made" >&2; exit 1; }
-	@touch -c $(VENV)/core.stamp $(VENV)/cpu.stamp $(VENV)/dev.stamp # the same locks: what they installed still holds
+	@touch -c $(VENV)/core.stamp $(VENV)/cpu.stamp $(VENV)/dev.stamp .venv-cuda/cuda.stamp $(TABLES)/tables.stamp # still hold
 
 clean: ## remove the environment, caches and unfinished trials; never a finished run
 	@case $$OUT in /*) out=$$OUT ;; *) out=./$$OUT ;; esac; [ ! -d "$$out" ] || out=$$(CDPATH='' cd "$$out" && pwd -P); \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_with_a_gpu_too_the_environment_follows_the_testbed(gpu: Checkout, testb
     assert gpu.ran("experiments.run") == gpu.ran("analysis.show.summary") == {environment.split("/")[0] + "/bin/python"}
     assert gpu.arrived("--testbed=", chosen or testbed) == 1
     before = [call for call in gpu.calls() if "--before" in call]
-    assert [call[-1] for call in before] == ["gpu-24g"] * ("cuda" in environment)  # what keeps CUDA from it, before 12 GB
+    assert [call[-1] for call in before] == ["gpu-24g"] * ("cuda" in environment)  # what keeps CUDA from it, before 10 GB
     assert gpu.make("test", "IN=host").returncode == 0
     assert gpu.ran("pip install") == {".venv/bin/python"}  # never one engine over another
     assert gpu.stamps() == {".venv/core.stamp", ".venv/cpu.stamp", ".venv/dev.stamp", environment}
@@ -100,12 +101,24 @@ def test_what_needs_no_engine_on_a_gpu_runs_without_the_image(gpu: Checkout, wor
     assert ".venv-cuda/cuda.stamp" not in gpu.stamps()
 
 
-@pytest.mark.parametrize("words", [["smoke"], ["fig9a", "TESTBED=gpu-24g"], ["verify", "PYTHON=false"]])
+@pytest.mark.parametrize("words", [["smoke"], ["fig9a", "TESTBED=gpu-24g"], ["fig9a", "GPU=0"], ["verify", "PYTHON=false"]])
 def test_an_engine_on_a_gpu_runs_in_the_image_and_all_does_without_python(gpu: Checkout, words: list[str]) -> None:
     done = gpu.make(*words, environment={"CHOSEN": "gpu-24g"})
     assert gpu.ran("build --target cuda") == {"docker"}
     assert gpu.ran("run --rm") == {"docker"}, done.stderr
     assert not gpu.ran("cuda.lock")
+
+
+def test_locks_that_were_renewed_alike_install_nothing_anew(checkout: Checkout) -> None:
+    asked = (["tables"], ["setup", "TESTBED=gpu-24g"])
+    for words in asked:
+        checkout.make(*words)
+    for stamp in checkout.stamps():
+        os.utime(checkout.folder / stamp, (0, 0))  # older than the locks, as make lock leaves them
+    assert checkout.make("lock-check").returncode == 0
+    for words in asked:
+        assert checkout.make(*words).returncode == 0
+        assert not checkout.calls_file.exists() or not [call for call in checkout.calls() if "install" in call]
 
 
 def test_nothing_is_built_for_a_driver_that_is_too_old(gpu: Checkout) -> None:

@@ -144,7 +144,7 @@ def test_one_busy_card_does_not_refuse_a_host(tmp_path: Path) -> None:
 def test_driver_and_toolkit_are_looked_at_before_the_build(
     tmp_path: Path, smi: dict[str, str] | None, info: str, tool: str | None, message: str
 ) -> None:
-    """A build takes 30 GB, and a container that asks for GPUs takes an image."""
+    """A build takes 20 GB, and a container that asks for GPUs takes an image."""
     env = host(tmp_path, DOCKER | {"image": "exit 1", "run": "exit 1", "build": "exit 1", "info": info}, smi)
     if tool:
         (tmp_path / tool).symlink_to("/bin/true")

@@ -52,7 +52,8 @@ class TrialRecord:
         probes = requests["phase"].isin([number for number, role in enumerate(phases) if role["role"] == "probe"])
         steps = record.steps["seconds"].iloc[requests.loc[probes & (requests["first_step"] >= 0), "first_step"]]
         if self.facts["kind"] == "prefill":
-            metrics = {int(str(phase)): {"seconds": seconds} for phase, seconds in prefill_seconds(record).items()}
+            times = prefill_seconds(record).reindex(range(len(phases)))  # a trial that was cut short has not begun them all
+            metrics = {int(str(phase)): {"seconds": seconds} for phase, seconds in times.items()}
         elif phases[phase := point_phase(phases)]["role"] == "point":
             metrics = {phase: serving_metrics(of_phase(record, phase))}
         return Seen(steps.tolist(), _counts(record), metrics)

@@ -151,7 +151,7 @@ def _impossible(session: Session, nodes: Sequence[Node], fixed: str | None) -> s
     if session.engine.platform == "cuda":
         if not any(resource.startswith(gpus.GPU) for node in nodes for resource in node.total):
             start = 'ray start --resources="$(python -m experiments.machine.gpus)"'
-            return f"{name}: no GPU is declared; start each node with: {start}"
+            return f"{name}: no free GPU is declared (make doctor lists them all); start each node with: {start}"
         if not any(gpus.places(parallel, node.total) for node in nodes):
             wanted = "a pair of GPUs joined by NVLink on one node; nvidia-smi topo -m shows none"
             return f"{name}: tensor parallel size {parallel} needs {wanted}"

@@ -39,8 +39,9 @@ def work(session: Session, owed: Sequence[str], trace: Trace | None) -> Iterator
     from experiments.engine.vllm_engine import VllmEngine  # imported here: the driver needs neither vLLM nor torch
 
     lead_group()
-    if share := os.environ.get(CORES):  # what compiles and tensor-parallel workers inherit it
-        os.sched_setaffinity(0, cores_of(share, sorted(os.sched_getaffinity(0), key=_place)))
+    share = os.environ.get(CORES)
+    if share and (own := cores_of(share, sorted(os.sched_getaffinity(0), key=_place))):  # none with fewer cores than GPUs
+        os.sched_setaffinity(0, own)  # what compiles and tensor-parallel workers inherit it
 
     def results() -> Iterator[TrialResult | None]:
         engine = start_engine(session, VllmEngine)

@@ -94,14 +94,23 @@ def _told(card: Mapping[str, Any], seen: bool) -> str:
 
 
 def choose_testbed(name: str, out: Path) -> tuple[Testbed, str]:
-    """The testbed of that name, or for `auto` the first this machine can run, and the reason in a few words."""
+    """The testbed of that name, or for `auto` the first this machine can run, and the reason in a few words.
+
+    Raises SpecError where one would fit if the GPUs were not in use: a run on the CPU is no answer then, and would disturb
+    what uses them.
+    """
     if name != "auto":
         return load_testbed(name), "as asked for"
-    cards, reasons = gpus(), list[str]()
+    cards, reasons, busy = gpus(), list[str](), ""
+    idle = [card | {"used_mib": 0} for card in cards]
     for candidate in PREFERENCE:
         testbed = load_testbed(candidate)
+        if busy and not testbed.requires.gpus:
+            raise SpecError(f"TESTBED: got auto; {busy}, such as TESTBED={candidate}")
         if not (found := problems(testbed, out, cards)):
             return testbed, "; ".join([*reasons, f"{candidate} fits"])
+        if testbed.requires.gpus and not problems(testbed, out, idle):
+            busy = found[0]
         reasons.append(f"not {candidate}: {found[0].split(':')[0]}")
     return testbed, "; ".join(reasons[:-1])
 

@@ -81,8 +81,8 @@ def environment_here(settings: EngineSettings) -> dict[str, str]:
     if settings.platform != "cuda":
         return {}
     if not (found := places(settings.tensor_parallel, here := resources())):
-        wanted = "a GPU" if settings.tensor_parallel == 1 else "a pair of GPUs joined by NVLink"
-        raise SpecError(f"{settings.model}: got {', '.join(here) or 'no GPU'}; allowed: a machine with {wanted}")
+        wanted = "a GPU that is free" if settings.tensor_parallel == 1 else "a free pair of GPUs joined by NVLink"
+        raise SpecError(f"{settings.model}: got {', '.join(here) or 'no GPU'}; allowed: {wanted}; make doctor lists them all")
     return environment(found[0])
 
 

@@ -60,7 +60,7 @@ def _path(text: str) -> Path:
 
 OPTIONS = {
     "testbed": {"type": _given, "default": "auto", "help": "a testbed's name or YAML file; auto: the best that can run here"},
-    "trace": {"help": "CSV of request lengths, or a .json of vllm bench serve --save-detailed"},
+    "trace": {"help": "requests: a trace, a result of a benchmark, or 512/128 for all alike"},
     "out": {"type": _path, "default": RUNS, "help": "where runs are written"},
     "runs": {"type": _path, "default": RUNS, "help": "where runs are"},
     "report": {"type": _path, "default": ROOT / "artifacts" / "report", "help": "where results are written"},

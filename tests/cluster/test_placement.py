@@ -90,7 +90,7 @@ def test_a_session_on_cpus_has_a_node_to_itself() -> None:
 def test_what_no_node_could_ever_hold_is_told_at_once() -> None:
     seconds = {ONE.name: 1.0, TWO.name: 1.0, ON_CPU.name: 1.0}
     for sessions, nodes, fixed, words in (
-        ([ONE], [node("a")], {}, "no GPU is declared; start each node with: ray start --resources="),
+        ([ONE], [node("a")], {}, r"no free GPU is declared .*; start each node with: ray start --resources="),
         ([TWO], [node("a", gpu_0=1.0), node("b", gpu_0=1.0)], {}, "needs a pair of GPUs joined by NVLink on one node"),
         ([ON_CPU], [node("a", gib=0.5)], {}, "got 0.5 GiB and 8 cores at most; a session needs"),
         ([TWO], [replace(gpu_node("a"), total={"CPU": 1.0, "memory": 128 * GIB, **PAIR})], {}, "1 cores at most"),

@@ -257,6 +257,15 @@ def test_a_truncated_trial_is_not_complete() -> None:
     assert verdicts(change(synthetic_run(GOOD), truncate))["C3"] == "INCONCLUSIVE"
 
 
+def test_a_run_that_was_cut_short_before_its_first_point_is_not_complete() -> None:
+    def cut(trial: TrialRecord) -> TrialRecord:
+        first = next(number for number, role in enumerate(trial.facts["phases"]) if role["role"] == "point")
+        requests = trial.record.requests[trial.record.requests["phase"] < first]
+        return dataclasses.replace(trial, record=dataclasses.replace(trial.record, requests=requests, truncated=True))
+
+    assert verdicts(change(synthetic_run(GOOD, replicates=2), cut, every=True))["C3"] == "INCONCLUSIVE"
+
+
 def test_a_first_look_leaves_some_of_the_level_for_a_last_one() -> None:
     first, both = synthetic_run(GOOD, replicates=1), synthetic_run(GOOD)
     assert {entry["numbers"]["level"] for entry in entries(both) if entry["verdict"] == "PASS"} == {0.02}

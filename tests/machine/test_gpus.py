@@ -245,6 +245,29 @@ def test_auto_is_the_largest_that_fits(
     assert found.testbed == testbed, reason
 
 
+@pytest.mark.parametrize(
+    ("cards", "testbed"),
+    [
+        ([(*A10, 20000, 0)], None),
+        ([(*PCIE, 30000, 0), (*PCIE, 30000, 1)], None),
+        ([(*PCIE, 30000, 0), (*A10, 4, 1)], "gpu-24g"),
+        ([(*T4, 9000, 0)], "cpu"),  # too small, were it free
+    ],
+)
+def test_auto_does_not_go_to_the_cpu_because_a_gpu_is_in_use(
+    cards: list[Any], testbed: str | None, four_cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be in use by this artifact's own run, which sessions beside it would disturb."""
+    (four_cards / "cards").write_text("\n".join(card(*each) for each in cards))
+    monkeypatch.setattr(doctor, "machine", lambda: {"cores": 64, "memory_gib": 512.0})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50, total=2**50))
+    if testbed:
+        assert doctor.choose_testbed("auto", tmp_path)[0].testbed == testbed
+        return
+    with pytest.raises(SpecError, match=r"^TESTBED: got auto; GPUs: NVIDIA .* in use\).*smaller testbed, such as TESTBED=cpu$"):
+        doctor.choose_testbed("auto", tmp_path)
+
+
 @pytest.mark.parametrize("testbed", ["a100", "gpu-80g-pair", "gpu-80g", "gpu-24g"])
 @pytest.mark.parametrize("figure", ["fig9a", "fig9b"])
 def test_every_gpu_testbed_fits_its_card(testbed: str, figure: str) -> None:
