@@ -175,7 +175,7 @@ def test_a_defect_of_ours_is_no_verdict(capsys: pytest.CaptureFixture[str]) -> N
         (
             "analysis.advise.recommend",
             ["--model", "yi-34b", "QPS=1e9"],
-            "QPS: got '1e9'; allowed: a number above 0, at most 1e+06",
+            "QPS: got '1e9'; allowed: a number above 0.001, at most 1e+06",
         ),
         (
             "analysis.advise.recommend",
