@@ -46,6 +46,7 @@ GPUS = {"gpu-0": 1.0, "gpu-1": 1.0, "nvlink-0-1": 1.0}
 SMALL = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 QUICK = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 QUICK |= {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+QUICK |= {"worker_maximum_startup_concurrency": 4}  # of a node: else as many as this machine has cores, and others wait
 FIGURE: dict[str, Any] = {
     "figure": "fig9a",
     "title": "for tests",
@@ -137,10 +138,11 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 @pytest.fixture(scope="module")
 def load_s() -> float:
-    """How long engines pretend to load, seconds: well over what it takes to start a process on each node at once."""
+    """How long engines pretend to load, seconds: well over what it takes to start a process on each node at once, and the
+    spare one that Ray starts beside each."""
     began = time.monotonic()
     imports = [sys.executable, "-c", "import ray, experiments.engine.worker, experiments.simulator.simulator"]
-    for started in [subprocess.Popen(imports, cwd=ROOT) for _ in range(NODES)]:
+    for started in [subprocess.Popen(imports, cwd=ROOT) for _ in range(2 * NODES)]:
         assert started.wait() == 0
     return max(15.0, 3.0 * (time.monotonic() - began))
 
@@ -193,12 +195,11 @@ def test_four_nodes_run_every_trial_once_as_planned(
     times = times.round(1)
     print(times.to_string())
     planned, taken = times["planned_end"].max(), times["end"].max()
-    # Ray at times lets one of the last sessions wait for 7 s for GPUs that are free, of 43 s in all.
-    assert taken == pytest.approx(planned, rel=0.2), times
+    assert taken == pytest.approx(planned, rel=0.1), times
     last = times["start"].max()
     first = min(datetime.fromisoformat(f["started"]).timestamp() - load_s for f in facts)
     until = datetime.fromtimestamp(first + last - times["start"].min())
-    assert gpu_seconds(facts, until) >= 0.8 * 2 * NODES * (last - times["start"].min()), times
+    assert gpu_seconds(facts, until) >= 0.9 * 2 * NODES * (last - times["start"].min()), times
     assert problems(run.bags[0]) == []
 
 
