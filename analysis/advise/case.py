@@ -175,9 +175,8 @@ def evidence(case: Case) -> str:
 
 def arriving(case: Case) -> str:
     """How the requests arrive, in words."""
-    traffic, arrivals = case.session.traffic, case.trace.arrivals
-    if traffic.arrivals == "trace" and arrivals is not None:
-        gaps = np.diff(arrivals)
-        return f"arrivals as recorded (CV of the gaps {gaps.std() / gaps.mean():.3g})"
+    traffic = case.session.traffic
+    if traffic.arrivals == "trace":
+        return f"arrivals as recorded (CV of the gaps {case.trace.gap_cv:.3g})"
     known = {"gamma": f"gamma arrivals (CV {traffic.number:g})", "closed": f"{traffic.users} users in a closed loop"}
     return known.get(traffic.arrivals, "Poisson arrivals")

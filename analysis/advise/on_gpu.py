@@ -28,6 +28,12 @@ GPU_OPTIONS = {
 }
 
 
+def add_options(parser: argparse.ArgumentParser, ours: str) -> None:
+    """--model, and what else names a GPU that is not here. ours: what the model is without one."""
+    for name, about in {"model": f"{ours}; with --gpu a Hugging Face id, or a config.json", **GPU_OPTIONS}.items():
+        parser.add_argument(f"--{name}", default="", help=about)
+
+
 def check_options(options: argparse.Namespace, default: str) -> None:
     """Raises SpecError for options that the machine has no use for: a testbed other than the default beside a GPU that is not
     here, or without one what only that has."""
@@ -67,24 +73,23 @@ def longest(model: str, text: str) -> int:
 
 def case_asked(options: argparse.Namespace) -> Case:
     """What the options ask, simulated from the kernel tables. Raises SpecError for what they, memory or TRACE do not allow."""
-    max_len = longest(options.model, options.max_len)
+    max_len, figure = longest(options.model, options.max_len), load_figure("fig9b")
+    assert isinstance(figure, ServingFigure)
     trace = choose_trace(options.trace, max_total=max_len)
     console.print(describe_trace(trace))
-    gpu, model, split, dtype = options.gpu, options.model, options.tp, options.dtype
-    figure = load_figure("fig9b")
-    assert isinstance(figure, ServingFigure)
     check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
-    config, name = model_of(model)
+    config, name = model_of(options.model)
     quantized = load_model(config).get("quantization_config") or {}
-    if quantized.get("quant_method") == "fp8" and dtype not in ("", "fp8"):
-        raise SpecError(f"DTYPE: got {dtype} of a model whose weights are fp8; allowed: fp8")
-    parts, kind = whole("TP", split, 1, 8), dtype or ("fp8" if quantized else "bfloat16")
-    calibration = calibration_of(config, gpu, parts, kind)
+    if quantized.get("quant_method") == "fp8" and options.dtype not in ("", "fp8"):
+        raise SpecError(f"DTYPE: got {options.dtype} of a model whose weights are fp8; allowed: fp8")
+    parts, dtype = whole("TP", options.tp, 1, 8), options.dtype or ("fp8" if quantized else "bfloat16")
+    calibration = calibration_of(config, options.gpu, parts, dtype)
     settings = EngineSettings(
-        "simulated", config, parts, kind, "dummy", 2 * MOST_BATCH, MOST_BATCH, max_len, None, None, UTILIZATION
+        "simulated", config, parts, dtype, "dummy", 2 * MOST_BATCH, MOST_BATCH, max_len, None, None, UTILIZATION
     )
-    session = Session(f"{name}-{gpu}", figure.figure, figure.kind, gpu, name, False, 1, figure.seeds[0], settings, ())
-    case = Case(session, calibration, trace, min(figure.requests, len(trace.prompt)), max_len, figure.seeds[:FIRST])
+    gpu, seeds = options.gpu, figure.seeds
+    session = Session(f"{name}-{gpu}", figure.figure, figure.kind, gpu, name, False, 1, seeds[0], settings, ())
+    case = Case(session, calibration, trace, min(figure.requests, len(trace.prompt)), max_len, seeds[:FIRST])
     case.memory(case.settings_to_try()[0])  # says so where it does not fit
     return case
 

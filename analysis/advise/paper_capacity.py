@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 from analysis.advise.advice import TIE, Advice, Option, advise, option
 from analysis.advise.capacity import WORDS, Latency, Setting
 from analysis.advise.case import Case
-from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, check_options, say, show_gpus
+from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
 from analysis.advise.tell import curves, facts, marks, show, slug
@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """All models of the paper's table that the testbed has, or one on a GPU. Exit status 0, or 2 for bad input."""
     parser = arguments("analysis.advise.paper_capacity", __doc__, "testbed", "trace", "report")
     parser.set_defaults(testbed="a100-sim")
-    for name, about in {"model": "one of the paper's; with --gpu a Hugging Face id, or a config.json", **GPU_OPTIONS}.items():
-        parser.add_argument(f"--{name}", default="", help=about)
+    add_options(parser, "one of the paper's")
     options = parse(parser, argv)
     if options.gpu == "help":
         result(gpus=show_gpus())

@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
 from analysis.advise.case import Case, under
-from analysis.advise.on_gpu import GPU_OPTIONS, case_asked, check_options, say, show_gpus
+from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.question import VARIABLES, asked
 from analysis.advise.tell import draw, facts, finite, serve_arguments, show, show_confirmed, slug
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
@@ -76,9 +76,7 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input or targets that cannot be kept."""
     parser = arguments("analysis.advise.recommend", __doc__, "testbed", "trace", "out", "report")
-    parser.add_argument("--model", default="", help="as Figure 9b names it; with --gpu a Hugging Face id, or a config.json")
-    for name, about in GPU_OPTIONS.items():
-        parser.add_argument(f"--{name}", default="", help=about)
+    add_options(parser, "as Figure 9b names it")
     parser.add_argument("question", nargs="*", metavar="NAME=value", help=", ".join(VARIABLES))
     options = parse(parser, argv)
     if options.gpu == "help":

@@ -44,6 +44,12 @@ class Trace:
     cached: float | None = None  # the share of prompt tokens that prefix caching would find, where the file tells
     notes: tuple[str, ...] = ()  # what else was understood, such as how many requests were left out and why
 
+    @property
+    def gap_cv(self) -> float:
+        """Coefficient of variation of the gaps between arrivals; NaN without arrivals."""
+        gaps = np.diff(self.arrivals) if self.arrivals is not None else np.full(1, math.nan)
+        return float(gaps.std() / gaps.mean())
+
 
 def read_trace(path: Path, max_total: int | None = None, kind: Kind = "file") -> Trace:
     """The trace in a file, or with a path PROMPT/OUTPUT where there is no such file, FIXED requests of these numbers of tokens.
@@ -72,8 +78,7 @@ def describe_trace(trace: Trace) -> str:
     for name, lengths in (("prompt", trace.prompt), ("output", trace.output)):
         parts.append(f"{name} tokens " + ", ".join(f"P{p} {np.percentile(lengths, p):,.0f}" for p in (50, 90, 99)))
     if trace.arrivals is not None:
-        gaps = np.diff(trace.arrivals)
-        rate = f"{1 / gaps.mean():.3g} requests/s, CV of the gaps {gaps.std() / gaps.mean():.2f}"
+        rate = f"{1 / np.diff(trace.arrivals).mean():.3g} requests/s, CV of the gaps {trace.gap_cv:.2f}"
         parts.append(f"arriving over {trace.arrivals[-1]:,.1f} s, {rate}")
     elif seconds:
         parts.append(f"served in {seconds:,.1f} s, {count / seconds:.2f} requests/s")
