@@ -329,7 +329,7 @@ SIDE_BY_SIDE := -m "not cluster" -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/dev.stamp ## all tests but those of clusters and images, the real engine on the CPU included
 	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest $(if $(PYTEST),,$(SIDE_BY_SIDE))
 
-test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 3 min
+test-cluster: $(VENV)/dev.stamp ## a Ray cluster of four nodes on this machine, about 4 min
 	@PYTEST_ADDOPTS="$$PYTEST" $(PY) -m pytest tests/cluster/test_cluster.py
 
 # What is compiled is counted where it runs as plain Python: what is short of the simulator's tests.
