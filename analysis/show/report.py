@@ -19,7 +19,7 @@ import jinja2
 from analysis.judge import integrity
 from analysis.judge.load import find_runs, load_run
 from analysis.judge.verify import VERDICT_FORMAT
-from analysis.show.views import VIEWS, View, data_uri, schedule_view
+from analysis.show.views import VIEWS, View, advice_view, error_words, schedule_view
 from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
@@ -57,7 +57,30 @@ def draw(judged: Mapping[str, Any], found: Mapping[str, list[Path]], report: Pat
     if run.kind not in VIEWS:
         return None
     view = VIEWS[run.kind](run, report / name)
-    return replace(view, explanations=(*view.explanations, *schedule_view(run, report / name)))
+    return replace(view, explanations=(*view.explanations, *schedule_view(run, report / name)), error=error_words(run))
+
+
+def advised(path: Path) -> list[dict[str, str]]:
+    """What a JSON of make recommend or make capacity answers, a row for each question; none of another format."""
+    data = json.loads(path.read_text())
+    return [_answer(each) for each in data.get("answers", [data])] if data["format"] == 2 else []
+
+
+def _answer(answer: Mapping[str, Any]) -> dict[str, str]:
+    asked, traffic = answer["question"], answer["traffic"]
+    users = f"{traffic['number']:g} users" if traffic["arrivals"] == "closed" else ""
+    load = users or (f"{asked['rate']:g} requests/s" if asked["rate"] else "")
+    share = f"{asked['goodput']:.4g} of the requests with " if asked["goodput"] else ""
+    targets = (f"{' '.join(reversed(name.upper().split('_')))} {most:g} s" for name, most in asked["targets"].items())
+    setting = answer.get("recommended") or answer["best"]["setting"]
+    return {
+        "model": answer["model"],
+        "calibration": answer["calibration"],
+        "targets": share + (", ".join(targets) or "none"),
+        "load": load or "the highest",
+        "chunk size": str(setting["budget"]),
+        "gives": f"{answer['value']:.3g} ({answer['low']:.3g} to {answer['high']:.3g}) {'s' if load else 'requests/s'}",
+    }
 
 
 def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +91,7 @@ def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:
 def render(verdict: Mapping[str, Any], **shown: Any) -> str:
     """The page. Everything in it is escaped: records and verdicts may come from anywhere.
 
-    shown: views (by run), advice (pictures by name) and unjudged (names of runs).
+    shown: views (by run), advice (pictures by name), answers (rows of advised) and unjudged (names of runs).
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -89,10 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = read_verdict(options.report / "verdict.json")
     found = find_runs(options.runs)
     views = {str(run["name"]): draw(run, found, options.report) for run in verdict.get("runs", [])}
-    drawn = [path for name in ("recommend", "capacity") for path in sorted(options.report.glob(f"{name}-*.svg"))]
+    given = [path for name in ("recommend", "capacity") for path in sorted(options.report.glob(f"{name}-*"))]
+    advice = {path.stem: advice_view(path) for path in given if path.suffix == ".svg"}
+    answers = [row for path in given if path.suffix == ".json" for row in advised(path)]
     page, unjudged = options.report / "index.html", sorted(set(found) - set(views))
-    advice = {path.stem: data_uri(path) for path in drawn}
-    write_whole(page, render(verdict, views=views, advice=advice, unjudged=unjudged))
+    write_whole(page, render(verdict, views=views, advice=advice, answers=answers, unjudged=unjudged))
     console.print(f"report written to {page}\n{written(options.report)}")
     result(report=page, overall=verdict.get("overall"), unjudged=unjudged)
     return 0

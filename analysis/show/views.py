@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from analysis.judge.load import Run, by_chunk_size, measurements
 from analysis.judge.trial import TrialRecord
 from analysis.show import plots, plots_schedule, plots_serving
 from analysis.show.summary import WORDS, against_published, cut_short, number, prefill_table, published_lines, spread
-from experiments.records.metrics import of_phase, point_phase
+from experiments.records.metrics import NAMES, of_phase, point_phase
 
 CSS_PIXELS = 130  # per inch of figure: its 7.5 pt letters become the size of the page's small print
 INTERVAL = ("_low", "_high")
@@ -47,11 +48,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class View:
-    """The pictures of a run, the tables behind them, and the pictures that explain it."""
+    """The pictures of a run, the tables behind them, the pictures that explain it, and by how much a simulation is off."""
 
     pictures: tuple[Picture, ...]
     tables: tuple[Table, ...]
     explanations: tuple[Picture, ...] = ()
+    error: str = ""
 
 
 def _picture(run: Run, path: Path, kind: str, figure: plots.Figure, said: str, name: str = "", note: str = "") -> Picture:
@@ -196,6 +198,27 @@ def schedule_view(run: Run, path: Path) -> tuple[Picture, ...]:
         return ()
     figure, words = plots_schedule.schedule_figure(run, tables), plots_schedule.in_words(tables)
     return (_picture(run, path, "schedule", figure, f"Schedule: {words}.", "-schedule", f"{words}."),)
+
+
+def error_words(run: Run) -> str:
+    """By how much a simulated run may be off, by model; empty for one that was measured."""
+    names = {"prefill": "prefill time"} if run.kind == "prefill" else NAMES
+    parts = [
+        f"{model} {words} {'by nobody knows how much' if error is None else f'{error:.1%}'}"
+        for model in run.models
+        for name, words in names.items()
+        if (error := run.model_error(model, name)) != 0
+    ]
+    return "; ".join(parts) if run.simulated else ""
+
+
+def advice_view(svg: Path) -> Picture:
+    """A capacity figure that make recommend or make capacity drew; its numbers are in the JSON beside it."""
+    points = re.findall(rb'(?:width|height)="([\d.]+)pt"', svg.read_bytes()[:1000]) or (b"360", b"240")
+    width, height = (round(float(length) / 72 * CSS_PIXELS) for length in points)
+    numbers = f"{svg.stem}.json beside this page"
+    alt = f"SIMULATED: capacity in requests per second against the P99 TBT target, by chunk size; the numbers are in {numbers}."
+    return Picture("advice", data_uri(svg), width, height, alt, f"Numbers and choice: {numbers}.")
 
 
 VIEWS: dict[str, Callable[[Run, Path], View]] = {"prefill": prefill_view, "serving": serving_view}  # by the kind of a figure

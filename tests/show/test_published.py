@@ -14,6 +14,8 @@ from analysis.judge.load import Run, find_runs, load_run
 from analysis.show import plots_serving, summary, views
 from analysis.show.summary import against_published, published_lines, serving_table
 from experiments.run import main
+from experiments.simulator.calibration import CALIBRATIONS
+from experiments.spec.spec import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,15 @@ def test_the_table_of_9b_tells_table_4_and_what_each_qps_stands_for(
     yi = table[(table["model"] == "yi-34b") & (table["qps"] == 1.0)]
     assert yi["load"].between(0.7, 1.01).all()
     assert (yi[yi["chunk_size"] == 512]["ttft_p50"] < 3).all()  # 79 s where the host's time was added
+
+
+def test_by_how_much_a_simulation_is_off_or_that_nobody_knows(serving: Path) -> None:
+    run, measured = loaded(serving), serving_run(replicates=1)
+    known = read_yaml(CALIBRATIONS / "a100-2024-yi-34b-tp2.yaml")["error"]
+    assert f"yi-34b P50 TTFT {known['ttft_p50']:.1%}; yi-34b P99 TBT {known['tbt_p99']:.1%}" in views.error_words(run)
+    foreign = dataclasses.replace(run, plan=run.plan | {"identity": {}})
+    assert views.error_words(foreign).count("by nobody knows how much") == 4
+    assert not views.error_words(measured)
 
 
 def test_the_report_has_the_values_and_their_picture(serving: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fakes import FakeEngine, serving_run
 
 from analysis.judge.load import find_runs
 from analysis.show import report
+from analysis.show.views import View
 from experiments.engine.session import run_session
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sha256
@@ -180,13 +182,21 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_contrast_is_at_least_aa() -> None:
+def test_contrast_is_at_least_aa_in_light_and_in_dark() -> None:
     style = (Path(report.__file__).parent / "report.html.j2").read_text()
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
-    assert {"ink", "soft", "link", "pass", "fail", "unsure", "none", "ground"} <= set(colours)
-    darkest_ground = min(luminance(colours["ground"]), luminance("#fdf2f1"))
-    for name in ("ink", "soft", "link", "pass", "fail", "unsure", "none"):
-        assert (darkest_ground + 0.05) / (luminance(colours[name]) + 0.05) >= 4.5, name
+    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in style.split("prefers-color-scheme: dark", 1))
+    assert {"ink", "soft", "link", "page", "ground", "warning"} <= set(dark)
+    for scheme in (light, light | dark):
+        for name, ground in product(("ink", "soft", "link"), ("page", "ground", "warning")):
+            assert contrast(scheme[name], scheme[ground]) >= 4.5, (name, ground)
+    assert (
+        min(contrast(light[name], "#ffffff") for name in ("pass", "fail", "unsure", "none")) >= 4.5
+    )  # badges are alike in both
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted(luminance(colour) + 0.05 for colour in (one, other))
+    return high / low
 
 
 def test_hostile_strings_are_only_text(runs: Path, tmp_path: Path) -> None:
@@ -239,22 +249,66 @@ def test_todays_engine_stands_beside_the_papers(tmp_path: Path) -> None:
     assert table.index("the paper's engine a100-2024-sim") < table.index("1.020 (1.000 to 1.500)") < table.index("1.310 (")
 
 
-def test_what_does_not_apply_is_folded_and_what_would_settle_a_claim_is_a_command(runs: Path, tmp_path: Path) -> None:
-    open_claim = claim(verdict="INCONCLUSIVE", numbers={"ratio": 1.1, "replicates_needed": 8}, run="fig9a-cpu")
-    claims = [claim(id="C1", verdict="NOT-APPLICABLE"), open_claim, claim(id="C9", figure="fig9b", verdict="NOT-RUN", run=None)]
-    page = make(runs, tmp_path, verdict([judged(bag_of(runs, "fig9a"))], claims))
-    text = " ".join(page.text.split())
-    assert "make fig9a TESTBED=cpu REPLICATES=8 && make -k verify report" in text
-    assert "make fig9b && make -k verify report" in text
-    assert text.index("C3 Smaller") < text.index("1 not applicable") < text.index("C1 Smaller")
+def test_what_does_not_apply_is_folded_and_what_would_settle_a_claim_is_a_command(runs: Path) -> None:
+    more = "make -k verify report"
+    cases = [
+        ({"numbers": {"ratio": 1.1, "replicates_needed": 8}}, f"make fig9a TESTBED=cpu REPLICATES=8 && {more}"),
+        ({"numbers": {}}, f"make fig9a TESTBED=cpu OUT=artifacts/again && {more} OUT=artifacts/again"),
+        ({"numbers": {"ratio": 1.1}, "simulated": True}, f"make fig9a TESTBED=a100 && {more}"),
+        ({"verdict": "NOT-RUN", "figure": "fig9b", "run": None}, f"make fig9b && {more}"),
+    ]
+    for changes, command in cases:
+        still_open = claim(verdict="INCONCLUSIVE", run="fig9a-cpu") | changes
+        part = judged(bag_of(runs, "fig9a"), simulated=changes.get("simulated", False))
+        claims = [claim(id="C1", verdict="NOT-APPLICABLE"), claim(), still_open]
+        page = Page(report.render(verdict([part], claims), views={}, advice={}, answers=[], unjudged=[]))
+        text = " ".join(page.text.split())
+        assert command in text
+        assert text.index("C3 Smaller") < text.index("1 not applicable") < text.index("C1 Smaller")
+        assert "1 ✓ PASS" in text[text.rindex("Does Figure 9 hold?") : text.index("For a reviewer")]
 
 
-def test_the_advice_that_is_there_is_shown(runs: Path, tmp_path: Path) -> None:
+def test_a_simulation_says_its_error_and_folds_what_it_passes(runs: Path) -> None:
+    part, view = judged(bag_of(runs, "smoke"), simulated=True), View((), (), error="mistral-7b prefill time 12.6%")
+    data = verdict([part], [claim(simulated=True)])
+    text = " ".join(Page(report.render(data, views={"smoke-cpu": view}, advice={}, answers=[], unjudged=[])).text.split())
+    order = (
+        "Does it still hold on today's engine",
+        "1 ✓ PASS",
+        "smoke-cpu: mistral-7b prefill time 12.6%",
+        "1 PASS, each with",
+    )
+    places = [text.index(words, text.index("For a reviewer")) for words in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("question", "traffic", "row"),
+    [
+        ({"targets": {"tbt_p99": 0.1}}, {}, "mistral-7b a100 P99 TBT 0.1 s the highest 768 3.34 (2.9 to 3.85) requests/s"),
+        (
+            {"goodput": 0.95, "targets": {"ttft_p50": 1}, "rate": 2.5},
+            {},
+            "0.95 of the requests with P50 TTFT 1 s 2.5 requests/s 768 3",
+        ),
+        ({}, {"arrivals": "closed", "number": 16.0}, "a100 none 16 users 768 3.34 (2.9 to 3.85) s"),
+    ],
+)
+def test_the_advice_that_is_there_is_shown_the_answer_first(
+    question: dict[str, Any], traffic: dict[str, Any], row: str, runs: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recommend-cpu-mistral-7b.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    answer = {"model": "mistral-7b", "calibration": "a100", "value": 3.34, "low": 2.9, "high": 3.85}
+    answer |= {"question": {"targets": {}, "rate": None, "goodput": None} | question, "best": {"setting": {"budget": 768}}}
+    data = {"format": 2, "answers": [answer | {"traffic": {"arrivals": "poisson", "number": 0.0} | traffic}]}
+    (tmp_path / "capacity-a100-sim.json").write_text(json.dumps(data))
+    (tmp_path / "capacity-old.json").write_text(json.dumps({"format": 1}))
     page = make(runs, tmp_path, verdict([], []))
     (image,) = page.all("img")
     assert str(image["src"]).startswith("data:image/svg+xml;base64,")
-    assert "make recommend MODEL=mistral-7b TBT_P99=0.1" in page.text
+    text = " ".join(page.text.split())
+    section = text[text.rindex("Which chunk size should I take?") :]
+    assert section.index(row) < section.index("make recommend MODEL=mistral-7b TBT_P99=0.1")
 
 
 def test_the_serving_view(tmp_path: Path) -> None:
