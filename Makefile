@@ -25,6 +25,8 @@ QPS ?=##             in make recommend, a load that is given, requests per secon
 CONCURRENCY ?=##     in make recommend, a load that is given: so many users, each of whom asks again when served
 ARRIVALS ?=##        in make recommend, poisson, trace (as recorded, scaled), gamma:CV or closed:N; default: trace where TRACE has times
 HIT ?=##             in make recommend, the share of prompt tokens that prefix caching finds, such as 0.4
+BENCH ?=##           in make recommend, results of vllm bench serve --save-detailed at two or more loads: advice for that server
+SERVED ?=##          with BENCH, the server's chunk size and most requests in a step, such as 2048/256
 TTFT_P50 ?=
 TTFT_P90 ?=
 TTFT_P95 ?=
@@ -131,7 +133,8 @@ ON_TABLES := GPU TP MAX_LEN DTYPE
 $(if $(filter recommend capacity,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(ON_TABLES),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend and make capacity alone))))
 # What is asked of make recommend alone.
 QUESTION := $(foreach kind,TTFT TBT TPOT E2E,$(foreach p,50 90 95 99,$(kind)_P$p)) GOODPUT QPS CONCURRENCY ARRIVALS HIT
-$(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(QUESTION),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
+ON_SERVER := BENCH SERVED
+$(if $(filter recommend,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(QUESTION) $(ON_SERVER),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend alone))))
 WITH_TRACE = $(if $(TRACE),--trace="$$TRACE")
 RUN = -m experiments.run --testbed="$$TESTBED" --out="$$OUT" $(if $(REPLICATES),--replicates="$$REPLICATES") \
 	$(WITH_TRACE) $(SAY)
@@ -190,7 +193,7 @@ endif
 ifneq ($(filter test test-cluster coverage test-image torture torture-nodes flips fuzz conformance verify-study lint lock lock-check tables,$(MAKECMDGOALS)),)
 override IN := host
 else
-export TESTBED REPLICATES OUT BAG MODEL $(ON_TABLES) $(QUESTION) FIGURE TRIAL
+export TESTBED REPLICATES OUT BAG MODEL $(ON_TABLES) $(QUESTION) $(ON_SERVER) FIGURE TRIAL
 export DOCKER IMAGE TARGET GPU_FLAGS SHM ULIMITS NETWORK USER_FLAGS RUN_FLAGS BUILD_FLAGS IMAGE_DISK SOURCE NODE_IP
 export $(foreach v,RAY_ADDRESS RAY_AUTH_TOKEN,$(if $($v),$v))
 # Where an engine on a GPU would run: doctor asks nothing of this host that the image brings.
@@ -309,7 +312,7 @@ TABLES_PY = $(if $(BY_TABLES),$(TABLES)/bin/python,$1)
 
 recommend: $(or $(BY_TABLES),setup) ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine
 	@$(call TABLES_PY,$(ENGINE_PY)) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" \
-		$(ON_GPU) $(WITH_TRACE) $(SAY) -- $(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
+		$(ON_GPU) $(foreach v,$(ON_SERVER),$(if $($v),--$(call LOWER,$v)="$$$v")) $(WITH_TRACE) $(SAY) -- $(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
 
 capacity: $(or $(BY_TABLES),$(VENV)/core.stamp) ## capacity by chunk size and P99 TBT target on the paper's machines, or of MODEL on GPU; the paper's choices
 	@$(call TABLES_PY,$(PY)) -m analysis.advise.paper_capacity $(if $(filter-out auto,$(TESTBED)),--testbed="$$TESTBED") \
@@ -317,6 +320,9 @@ capacity: $(or $(BY_TABLES),$(VENV)/core.stamp) ## capacity by chunk size and P9
 
 check-advice: setup ## what make recommend says against an exhaustive search on the real engine; about 20 minutes
 	@$(ENGINE_PY) tests/bench/check_advice.py --testbed="$$TESTBED" --out="$$OUT" $(if $(MODEL),--model="$$MODEL") $(SAY)
+
+check-server: setup ## advice from bench results, and our numbers, against a real vllm serve here; about 8 minutes, idle
+	@$(ENGINE_PY) tests/bench/check_server.py $(SAY)
 
 bench: setup ## speed and memory of the simulator; our loop against a bare loop over vLLM; switched against fresh chunk sizes
 	@$(ENGINE_PY) tests/bench/bench_sim.py $(WITH_TRACE) $(SAY)

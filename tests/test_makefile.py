@@ -138,7 +138,7 @@ def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) 
         *((f"TARGET={value}", f"TARGET: got '{value}'; allowed: cuda cpu") for value in ("gpu", "", "cpu; touch pwned")),
         *((f"DOCKER={value}", f"DOCKER: got '{value}'; allowed: docker podman") for value in ("", "dokcer", "docker podman")),
         ("TTFT_P98=1", "TTFT_P98: no variable of this Makefile; near it: TESTBED TRACE TP TTFT_P99 TBT_P99"),
-        ("BATCH=8", "BATCH: no variable of this Makefile; near it: BAG BUILD_FLAGS"),
+        ("BATCH=8", "BATCH: no variable of this Makefile; near it: BAG BENCH BUILD_FLAGS"),
         ("a'b=$(shell touch pwned)", "a'b: no variable of this Makefile"),
     ],
 )

@@ -43,6 +43,7 @@ class Case:
     seeds: tuple[int, ...]
     warm_up: int = 0  # more requests, that come first and are left out
     hit: float = 0.0  # of each prompt, found in a prefix cache
+    running: Setting | None = None  # of the server that the calibration was scaled to
 
     def lasting(self, requests: int) -> Case:
         """With trials of so many requests, after a warm-up: an eighth as many, and all who begin a closed loop at once."""
@@ -90,7 +91,9 @@ class Case:
 
     @property
     def default(self) -> Setting | None:
-        """What vLLM takes on this GPU where it is told nothing."""
+        """What the answer is compared with: as the server runs now, or what vLLM takes on this GPU where it is told nothing."""
+        if self.running:
+            return self.running
         gpu, reported = self.calibration.gpu, self.calibration.device_memory_bytes or 0.0
         return Setting(*vllm_default(gpu, reported, self.settings.max_model_len)) if gpu else None
 

@@ -9,6 +9,7 @@ from analysis.advise.advice import FIRST, WIDEST, Advice
 from analysis.advise.capacity import WORDS
 from analysis.advise.case import Case
 from analysis.advise.question import Question
+from analysis.advise.tell import bench_command
 from experiments.calibrate.gpu import LONGEST, calibration_of, model_of, tables
 from experiments.records.errors import SpecError
 from experiments.records.terminal import console
@@ -131,13 +132,6 @@ def say(case: Case, advice: Advice, question: Question, words: Sequence[str]) ->
     if own := case.default:
         told = f"{own.budget} tokens and {own.max_batch} requests in a step"
         console.print(f"vLLM's default on this GPU, {told}: {_default(advice)}")
-    prompt, output = (round(float(lengths.mean())) for lengths in (case.trace.prompt, case.trace.output))
-    traffic, users = case.session.traffic, question.users
-    load = f"--max-concurrency {users}" if users else f"--request-rate {question.rate or 0.9 * advice.best.rate:.3g}"
-    load += f" --burstiness {traffic.number**-2:.3g}" if traffic.arrivals == "gamma" else ""
     if any(panel.model == words[0] for panel in load_figure("fig9b").panels):
         console.print(f"verify there: make recommend MODEL={' '.join(words)}")
-    console.print("verify by the command to paste and, in another shell: "
-                  f"vllm bench serve --model {case.model} --dataset-name random --ignore-eos "
-                  f"--random-input-len {prompt} --random-output-len {output} {load} --num-prompts {max(1024, 4 * users)} "
-                  "--percentile-metrics ttft,tpot,itl --metric-percentiles 50,99")  # fmt: skip
+    console.print(f"verify by the command to paste and, in another shell: {bench_command(case, advice)}")

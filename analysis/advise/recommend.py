@@ -11,8 +11,9 @@ from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
 from analysis.advise.case import Case, under
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
+from analysis.advise.on_server import as_is, on_server, read_benches
 from analysis.advise.question import VARIABLES, asked
-from analysis.advise.tell import draw, facts, finite, serve_arguments, show, show_confirmed, slug
+from analysis.advise.tell import bench_command, draw, facts, finite, serve_arguments, show, show_confirmed, slug
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed, problems
 from experiments.records.errors import SpecError
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input or targets that cannot be kept."""
     parser = arguments("analysis.advise.recommend", __doc__, "testbed", "trace", "out", "report")
     add_options(parser, "as Figure 9b names it")
+    parser.add_argument("--bench", default="", help="results of vllm bench serve on a server that runs, separated by commas")
+    parser.add_argument("--served", default="", help="its CHUNK/BATCH, where they do not say it")
     parser.add_argument("question", nargs="*", metavar="NAME=value", help=", ".join(VARIABLES))
     options = parse(parser, argv)
     if options.gpu == "help":
@@ -84,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check_options(options, parser.get_default("testbed"))
     question = asked(options.question)
+    files_given = [path for path in options.bench.split(",") if path]
+    benches = read_benches(files_given, options.served) if files_given else []
+    options.trace = options.trace or (files_given[-1] if benches else options.trace)
     if options.gpu:
         testbed, where, case = None, f"{options.tp or 1} {options.gpu}", case_asked(options)
         missing = ["no GPU here is asked"]
@@ -92,18 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         testbed, reason = choose_testbed(options.testbed, options.out)
         where = testbed.title
         console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
-        trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
-        divided = f"; lengths divided by {testbed.scale} here" if testbed.scale > 1 else ""
+        scale = 1 if benches else testbed.scale  # a server's tokens are what they are
+        trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len * scale // testbed.scale)
+        divided = f"; lengths divided by {scale} here" if scale > 1 else ""
         console.print(f"{describe_trace(trace)}{divided}")
-        question.check(trace, testbed.scale)
+        question.check(trace, scale)
         simulated = testbed.platform == "simulated"
         missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
         missing += ["no prefix is cached on the engine here, HIT is simulated only"] if question.hit else []
-        case = case_of(testbed, options.model, trace, make=not missing)
+        case = case_of(testbed, options.model, trace, make=not missing and not benches)
+    server = None
+    if benches:
+        missing = ["the server itself is not asked here"]
+        case, server = on_server(as_is(case), benches)
     question = replace(question, delay_s=DELAY_LIMIT_S / case.session.scale)
     case, search, advice = steady(under(case, question), question)
     show(case, advice)
-    if options.gpu:
+    if benches:
+        console.print(f"verify: restart the server so, and {bench_command(case, advice)}")
+    elif options.gpu:
         say(case, advice, question, [options.model, *options.question])
     measured = confirm(case, advice, testbed) if testbed and not missing else []
     final = settled(advice, measured)
@@ -115,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"paste: {serve_arguments(case, final)}")
     path = options.report / f"recommend-{case.session.testbed}-{slug(case.model)}"
     answer = {"format": 2, "testbed": case.session.testbed, **facts(case, advice), "vllm_serve": serve_arguments(case, final)}
+    answer |= {"server": server} if server else {}
     answer |= {"recommended": asdict(final), "measured": [finite(asdict(entry)) for entry in measured]}
     files = [Path(f"{path}.json"), *draw(case, search, advice, where, path)]
     write_whole(files[0], to_json(answer))

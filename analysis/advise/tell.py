@@ -37,12 +37,30 @@ def serve_arguments(case: Case, setting: Setting) -> str:
     ours = MODELS / f"{case.settings.model}.json"
     source = re.search(r"config\.json of (\S+)", str(read_yaml(ours)["_source"])) if ours.is_file() else None
     settings = replace(case.settings, max_budget=setting.budget, max_batch=setting.max_batch)
+    if case.running:
+        chosen = serving_arguments(settings)
+        words = command_line({name: chosen[name] for name in ("max_num_batched_tokens", "max_num_seqs")})
+        return f"{' '.join(words)}, all else as the server has it"
     variables = [f"{name}={value}" for name, value in serving_environment(settings).items()]
     options = serving_arguments(settings) | {"enable_prefix_caching": bool(case.hit)}
     if case.calibration.gpu:  # attention as vLLM takes it there: ours is not on every GPU
         options.pop("attention_backend")
     words = ["vllm", "serve", source[1] if source else case.model if case.calibration.gpu else "MODEL", *command_line(options)]
     return " ".join([*variables, shlex.join(words)])
+
+
+def bench_command(case: Case, advice: Advice) -> str:
+    """`vllm bench serve` with the mean request of the trace, at 90 % of the capacity advised, or the load that is given."""
+    prompt, output = (round(float(lengths.mean())) for lengths in (case.trace.prompt, case.trace.output))
+    traffic, question = case.session.traffic, advice.question
+    rate = question.rate or 0.9 * advice.best.rate
+    load = f"--max-concurrency {question.users}" if question.users else f"--request-rate {rate:.3g}"
+    load += f" --burstiness {traffic.number**-2:.3g}" if traffic.arrivals == "gamma" else ""
+    return (
+        f"vllm bench serve --model {case.model} --dataset-name random --ignore-eos --random-input-len {prompt} "
+        f"--random-output-len {output} {load} --num-prompts {max(1024, 4 * question.users)} "
+        "--percentile-metrics ttft,tpot,itl --metric-percentiles 50,99"
+    )
 
 
 def show(case: Case, advice: Advice) -> None:
@@ -60,7 +78,7 @@ def show(case: Case, advice: Advice) -> None:
     known, default = {option.setting: option for option in (advice.default, best, *advice.neighbours) if option}, advice.default
     for option in sorted(known.values(), key=lambda option: option.setting):
         own = default and option.setting == default.setting
-        name = str(option.setting.budget) + (", vLLM's" if own else "")
+        name = str(option.setting.budget) + ((", now" if case.running else ", vLLM's") if own else "")
         kept = f"{option.rate:.3g}" if option.rate else "no"
         cost = f"{option.rate / best.rate - 1:+.0%}" if not question.load else ""
         numbers = [f"{1e3 * option.latency[name]:.0f}" for name in names]

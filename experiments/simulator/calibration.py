@@ -84,12 +84,14 @@ class Loop:
     """What a real engine's loop adds to its steps, seconds each.
 
     `between_s` passes from the end of a step to the start of the next, `request_s` more for each request that enters there;
-    `wake_s` is what the first step after a pause takes longer, the caches being cold.
+    `wake_s` is what the first step after a pause takes longer, the caches being cold; `front_s` what a request needs before the
+    engine has it, beside the steps: a server's HTTP and tokenization.
     """
 
     between_s: NotNegative = 0.0
     request_s: NotNegative = 0.0
     wake_s: NotNegative = 0.0
+    front_s: NotNegative = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -185,7 +187,7 @@ def at_speed(calibration: Calibration, speed: float) -> Calibration:
         decode=slowed(calibration.decode),
         host=slowed(calibration.host) if calibration.host else None,
         attention=dataclasses.replace(rates, flop_per_s=rates.flop_per_s * speed, kv_bytes_per_s=rates.kv_bytes_per_s * speed),
-        loop=Loop(loop.between_s / speed, loop.request_s / speed, loop.wake_s / speed),
+        loop=Loop(*(seconds / speed for seconds in dataclasses.astuple(loop))),
     )
 
 

@@ -42,6 +42,7 @@ class Costs(NamedTuple):
     between_s: float
     request_s: float
     wake_s: float
+    front_s: float
 
 
 @compiled

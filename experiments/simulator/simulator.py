@@ -65,7 +65,7 @@ def serve(
         running = now.running
         given = update(requests, slots, now, gaps)
         for _ in range(min(running - now.running, last - now.coming)):  # a closed loop: who was served asks again
-            requests[now.coming].arrival_s = now.clock
+            requests[now.coming].arrival_s = now.clock + costs.front_s
             now.coming += 1
         for place in range(given if len(tokens) > 0 else 0):
             tokens[now.tokens].request, tokens[now.tokens].time_s = slots[place].given, now.clock
@@ -120,7 +120,8 @@ class SimulatedEngine:
         tells it, which need not be made."""
         (rows, _, _, gaps), _ = self._serve(requests, np.inf, record=False)
         rows, gaps = rows[warm_up:], gaps[rows["gaps"][warm_up] :]
-        ttft, delay, e2e = (rows[moment] - rows["arrival_s"] for moment in ("first_token", "began", "last_token"))
+        front_s = self._cost.calibration.loop.front_s  # arrivals are at the engine, requests were sent so much earlier
+        ttft, delay, e2e = (rows[moment] - rows["arrival_s"] + front_s for moment in ("first_token", "began", "last_token"))
         return served(rows["prompt_tokens"], rows["output_tokens"], ttft, delay, e2e, gaps)
 
     def requests(self, phase: Phase, number: int = 0) -> Rows:

@@ -74,11 +74,12 @@ class Columns(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The requests of a run, and the seconds that it took where that is known."""
+    """The requests of a run, the seconds that it took where that is known."""
 
     requests: pd.DataFrame
     columns: Columns
     seconds: Any = None
+    node: Any = None  # what else the file tells of the run
 
 
 def find_requests(data: bytes) -> list[Found]:
@@ -214,7 +215,7 @@ def _runs(node: Any, trouble: str = "") -> Iterator[Found]:
             if node.get("request_rate") in ("inf", math.inf):
                 columns = columns._replace(start=None)  # all were sent at once: their starts are of no traffic
             even = {key: pd.Series(value, dtype=object) for key, value in lists.items() if len(value) == counts[0]}
-            yield Found(_requests(pd.DataFrame(even), columns, trouble), columns, node.get("duration"))
+            yield Found(_requests(pd.DataFrame(even), columns, trouble), columns, node.get("duration"), node)
         else:
             for key, value in node.items():
                 yield from _runs(value, "failed" if key in UNFINISHED else trouble)

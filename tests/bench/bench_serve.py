@@ -107,10 +107,24 @@ def serve_arguments(settings: EngineSettings, folder: Path, port: int) -> list[s
     return [*arguments, *command_line({name: ours[name] for name in ours if name not in ("model", "skip_tokenizer_init")})]
 
 
-def bench_arguments(folder: Path, port: int, result: Path, requests: int, rate: float | None, seed: int) -> list[str]:
-    """Arguments of the `vllm` command for its client; rate: requests per second (Poisson), None: one request at a time."""
-    lengths = ["--random-input-len", PROMPT, "--random-output-len", OUTPUT, "--ignore-eos", "--temperature", 0]
-    load = ["--max-concurrency", 1] if rate is None else ["--request-rate", rate]
+def bench_arguments(
+    folder: Path,
+    port: int,
+    result: Path,
+    requests: int,
+    rate: float | None,
+    seed: int,
+    users: int = 1,
+    mean: tuple[int, int] = (PROMPT, OUTPUT),
+    spread: float = 0.0,
+) -> list[str]:
+    """Arguments of the `vllm` command for its client; rate: requests per second (Poisson), None: a closed loop of `users`.
+
+    mean: tokens of prompt and output; spread: how far they are drawn around that, relative.
+    """
+    lengths = ["--random-input-len", mean[0], "--random-output-len", mean[1], "--ignore-eos", "--temperature", 0]
+    lengths += ["--random-range-ratio", spread]
+    load = ["--max-concurrency", users] if rate is None else ["--request-rate", rate]
     load += ["--num-prompts", requests, "--num-warmups", WARM_UP, "--seed", seed, "--ready-check-timeout-sec", PATIENCE_S]
     output = ["--result-filename", result, "--save-result", "--save-detailed", "--disable-tqdm"]
     where = ["--backend", "openai", "--host", HOST, "--port", port, "--model", folder, "--dataset-name", "random"]
@@ -152,9 +166,10 @@ def wait(process: subprocess.Popen[str], *logs: Path) -> None:
         raise EngineError(f"vllm bench serve: it failed, or took longer than {2 * PATIENCE_S} s\n{words}")
 
 
-def measure(settings: EngineSettings, run: Callable[..., Record]) -> Measured:
-    """Both sides, in turn. run: serves phases on an engine with these settings in a process of its own."""
-    config, measured = load_model(settings.model), Measured()
+@contextmanager
+def serving(settings: EngineSettings) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A server with these settings, and its client: requests, rate, seed and what else bench_arguments takes -> the result."""
+    config = load_model(settings.model)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
         for name, content in {"config.json": config, **tokenizer_files(config["vocab_size"])}.items():
@@ -165,10 +180,22 @@ def measure(settings: EngineSettings, run: Callable[..., Record]) -> Measured:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]  # free, and will be so a moment later
         print(json.dumps(serve_arguments(settings, folder, port)), file=server.stdin, flush=True)
-        for seed, (rate, requests) in enumerate([(None, ALONE), *[(RATE, REQUESTS)] * ROUNDS]):
-            print(json.dumps(bench_arguments(folder, port, result, requests, rate, seed)), file=client.stdin, flush=True)
+
+        def bench(*asked: Any, **more: Any) -> dict[str, Any]:
+            print(json.dumps(bench_arguments(folder, port, result, *asked, **more)), file=client.stdin, flush=True)
             wait(client, *logs)
-            theirs, arrivals = read_result(json.loads(result.read_text()), requests)
+            found: dict[str, Any] = json.loads(result.read_text())
+            return found
+
+        yield bench
+
+
+def measure(settings: EngineSettings, run: Callable[..., Record]) -> Measured:
+    """Both sides, in turn. run: serves phases on an engine with these settings in a process of its own."""
+    measured = Measured()
+    with serving(settings) as bench:
+        for seed, (rate, requests) in enumerate([(None, ALONE), *[(RATE, REQUESTS)] * ROUNDS]):
+            theirs, arrivals = read_result(bench(requests, rate, seed), requests)
             run(phase([0.0] * WARM_UP))
             record = run(phase(arrivals)) if rate else run(*[phase([0.0])] * ALONE)
             before = measured.get(rate, (Sample(), Sample()))
