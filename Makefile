@@ -11,11 +11,11 @@ REPLICATES ?=##      sessions per model, each with its own seed; default: the te
 TRACE ?=##           requests: a trace, a result of a benchmark, or 512/128 for all alike; default: what make trace fetched, else synthetic
 OUT ?= artifacts/runs##    where runs go
 BAG ?=##             an archive made elsewhere, for make verify
-MODEL ?=##           in make recommend and capacity, the model: mistral-7b or yi-34b; with GPU a Hugging Face id, a folder with a config.json, or one
+MODEL ?=##           in make recommend and capacity, the model: mistral-7b or yi-34b; in recommend, or with GPU, a folder with a config.json, or a Hugging Face id
 GPU ?=##             in make recommend and capacity, a GPU that is not here, by kernel tables: h100_sxm, ...; GPU=help lists them
-TP ?=##              with GPU, the tensor parallel size: 1, 2, 4, 8; default: 1
-MAX_LEN ?=##         with GPU, tokens of prompt and output together; default: 8192, or what the model has
-DTYPE ?=##           with GPU: bfloat16, float16 or fp8; default: fp8 where the model is, else bfloat16
+TP ?=##              beside MODEL, the tensor parallel size: 1, 2, 4, 8; default: 1, or the fewest GPUs here that hold it
+MAX_LEN ?=##         beside MODEL, tokens of prompt and output together; default: 8192, or what the model has
+DTYPE ?=##           beside MODEL: bfloat16, float16, fp8 or, on the CPU, float32; default: fp8 where the model is, else what the testbed has
 TTFT_P99 ?=##        in make recommend, a target: at most so much P99 TTFT, in seconds or as 300ms; also _P50, _P90, _P95
 TBT_P99 ?=##         the same of the time between tokens
 TPOT_P99 ?=##        the same of the time per output token, a request's mean time between tokens
@@ -113,7 +113,8 @@ override TESTBED := $(CHOSEN)
 else
 CHOOSING := 1
 .venv/chosen.mk: .venv/core.stamp FORCE
-	@.venv/bin/python -m experiments.machine.doctor --choose $(if $(call IS_ON,QUIET),--quiet) >$@
+	@.venv/bin/python -m experiments.machine.doctor --choose $(if $(filter recommend,$(MAKECMDGOALS)),--model="$$MODEL") \
+		$(if $(call IS_ON,QUIET),--quiet) >$@
 FORCE:
 endif
 endif
@@ -128,7 +129,7 @@ ENGINE := $(ENGINE:cuda=cpu)
 endif
 $(call ONE_OF,IN,docker host,$(IN))
 SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
-# A GPU that is not here, by its kernel tables.
+# A GPU that is not here, by its kernel tables; what is asked of an engine here as well.
 ON_TABLES := GPU TP MAX_LEN DTYPE
 $(if $(filter recommend capacity,$(MAKECMDGOALS))$(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(filter $(ON_TABLES),$(GIVEN)),$(if $($v),$(warning $v: read by make recommend and make capacity alone))))
 # What is asked of make recommend alone.

@@ -19,7 +19,11 @@ mount "$root" readonly
 mount artifacts # reports, fetched traces, calibrations of this machine, packages
 mount artifacts/reference readonly
 mount "$OUT"
-for input in "${TRACE:-}" "${BAG:-}" "${TESTBED:-}" "${FIGURE:-}" "${TRIAL:-}"; do
+model=${MODEL:-}
+[[ $model != */*.json ]] || model=$(dirname -- "$model") # with the weights beside it
+hub=${HF_HUB_CACHE:-${HF_HOME:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/huggingface}/hub} # as experiments/calibrate/gpu.py looks for it
+downloaded=$hub/models--${model//\//--}
+for input in "${TRACE:-}" "${BAG:-}" "${TESTBED:-}" "${FIGURE:-}" "${TRIAL:-}" "$model" "${model:+$downloaded}"; do
     [[ ! -e $input ]] || mount "$input" readonly
 done
 
@@ -30,6 +34,7 @@ mkdir -p -- "$cache"
 mount "$cache" "" /tmp/cache
 
 variables=(--env "ARTIFACT_IMAGE=$image")
+[[ ! -d ${model:+$downloaded} ]] || variables+=(--env "HF_HUB_CACHE=$(realpath -s -- "$hub")")
 for name in RAY_ADDRESS RAY_AUTH_TOKEN NODE_IP PYTHONPATH; do
     [[ -z ${!name:-} ]] || variables+=(--env "$name") # its value does not show in the process list
 done

@@ -95,7 +95,7 @@ run)
     disk 2 "$OUT" "the run" "free some, or OUT= a folder on another disk"
     "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || fail "no image $IMAGE: make image TARGET=$TARGET"
     [[ $TARGET != cuda ]] || gpu_in_container
-    "$(dirname "$0")/in-image.sh" python -m experiments.machine.doctor -- "${TESTBED:-auto}"
+    "$(dirname "$0")/in-image.sh" python -m experiments.machine.doctor --model="${MODEL:-}" -- "${TESTBED:-auto}"
     ;;
 *) fail "got '$1'; allowed: build, host or run" ;;
 esac

@@ -27,8 +27,8 @@ FLOORS = {
         "summary", "plots", "plots_serving", "plots_schedule", "plots_advice", "views", "report", "export"
     ],
     "analysis.advise": [
-        "power", "capacity", "question", "case", "advice", "tell", "on_gpu", "on_server", "recommend", "paper_capacity",
-        "validate", "gpu_check"
+        "power", "capacity", "question", "case", "advice", "tell", "on_gpu", "on_engine", "on_server", "recommend",
+        "paper_capacity", "validate", "gpu_check"
     ],
 }  # fmt: skip
 ROOM = {f"{room}.{module}": room for room, modules in FLOORS.items() for module in modules}  # of each module, in order

@@ -23,37 +23,36 @@ MOST_BATCH = 256  # requests in a step that are looked at, but for vLLM's defaul
 MISSING = "asynchronous scheduling, speculative decoding, pipeline parallelism, what the host does, CUDA graphs"
 GPU_OPTIONS = {
     "gpu": "a GPU of the kernel tables, not here; help lists them",
-    "tp": "tensor parallel size, 1, 2, 4 or 8",
+    "tp": "tensor parallel size, 1, 2, 4 or 8; default: 1, or the fewest GPUs here that hold the model",
     "max-len": "tokens of prompt and output together",
     "dtype": "bfloat16, float16 or fp8",
 }
 
 
 def add_options(parser: argparse.ArgumentParser, ours: str) -> None:
-    """--model, and what else names a GPU that is not here. ours: what the model is without one."""
-    for name, about in {"model": f"{ours}; with --gpu a Hugging Face id, or a config.json", **GPU_OPTIONS}.items():
+    """--model, and what else names a GPU that is not here. ours: what the model may be besides."""
+    for name, about in {"model": f"{ours} a Hugging Face id, a config.json or its folder", **GPU_OPTIONS}.items():
         parser.add_argument(f"--{name}", default="", help=about)
 
 
-def check_options(options: argparse.Namespace, default: str) -> None:
+def check_options(options: argparse.Namespace, default: str, engine: bool = False) -> None:
     """Raises SpecError for options that the machine has no use for: a testbed other than the default beside a GPU that is not
-    here, or without one what only that has."""
+    here, or without one, and without an engine, what only these have."""
     given = [name for name in GPU_OPTIONS if name != "gpu" and getattr(options, name.replace("-", "_"))]
     if options.gpu and options.testbed != default:
         raise SpecError(f"TESTBED: got {options.testbed} and GPU={options.gpu}; allowed: one of them")
-    if given and not options.gpu:
-        raise SpecError(
-            f"{given[0].upper().replace('-', '_')}: got it without GPU; allowed: with GPU, a testbed states its own"
-        )
+    if given and not options.gpu and not engine:
+        name = given[0].upper().replace("-", "_")
+        raise SpecError(f"{name}: got it without GPU; allowed: with GPU, or where an engine is; this testbed states its own")
 
 
-def whole(name: str, text: str, default: int, most: int) -> int:
+def whole(name: str, text: str, default: int, most: int, least: int = 1) -> int:
     """A variable of the Makefile as a whole number. Raises SpecError."""
     text = text.strip()
-    if text.isdecimal() and 0 < int(text) <= most:
+    if text.isdecimal() and least <= int(text) <= most:
         return int(text)
     if text:
-        raise SpecError(f"{name}: got {text!r}; allowed: a whole number from 1 to {most:,}")
+        raise SpecError(f"{name}: got {text!r}; allowed: a whole number from {least:,} to {most:,}")
     return default
 
 

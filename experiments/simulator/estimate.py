@@ -17,7 +17,7 @@ from experiments.records.terminal import arguments, command, console, parse, res
 from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
-from experiments.spec.spec import MODELS, EngineSettings, Figure, ServingPanel, Testbed, load_figure, load_testbed
+from experiments.spec.spec import EngineSettings, Figure, ServingPanel, Testbed, load_figure, load_testbed, model_path
 from experiments.spec.traces import Trace
 from experiments.spec.workload import synthetic_trace
 
@@ -30,7 +30,7 @@ def made_on(settings: EngineSettings) -> dict[str, str]:
     share = settings.gpu_memory_utilization
     return {
         "machine": machine()["type"],
-        "model": sha256(MODELS / f"{settings.model}.json"),
+        "model": sha256(model_path(settings.model)),
         "dtype": settings.dtype,
         "threads": str(settings.threads),
         "tensor_parallel": str(settings.tensor_parallel),
@@ -38,16 +38,17 @@ def made_on(settings: EngineSettings) -> dict[str, str]:
     }
 
 
-def calibration_here(testbed: str, settings: EngineSettings) -> Path | None:
+def calibration_here(testbed: str, settings: EngineSettings, called: str = "") -> Path | None:
     """Where the calibration of this machine and model lies; None if there is none, or it was made under other conditions.
 
-    Raises SpecError for one that is damaged.
+    `called`: in the place of the model, where that is none of Figure 9. Raises SpecError for one that is damaged.
     """
-    path = HERE / f"{testbed}-{settings.model}.yaml"
+    path = HERE / f"{testbed}-{called or settings.model}.yaml"
     try:
         return path if path.is_file() and load_calibration(str(path)).made_on == made_on(settings) else None
     except SpecError as error:
-        raise SpecError(f"{error}; make calibrate TESTBED={testbed} makes it anew") from None
+        remedy = "delete it, and it is made anew" if called else f"make calibrate TESTBED={testbed} makes it anew"
+        raise SpecError(f"{error}; {remedy}") from None
 
 
 say_once = cache(console.print)

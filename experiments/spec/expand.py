@@ -91,6 +91,7 @@ class Session:
     estimate_s: float = 0.0
     memory_gib: float = 0.0  # that it takes of its node
     traffic: Traffic = AS_PUBLISHED  # of a serving figure
+    nvlink: bool = True  # whether its GPUs, where it has several, must be joined by it
 
 
 def expand(
@@ -196,6 +197,7 @@ def _session(figure: Figure, panel: Panel, testbed: Testbed, seed: int, trials: 
         time_limit_s=(testbed.serving or figure).time_limit_s if isinstance(figure, ServingFigure) else Session.time_limit_s,
         estimate_s=_estimate(trials, testbed),
         memory_gib=testbed.session_memory_gib,
+        nvlink=testbed.nvlink,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -36,6 +37,11 @@ def name_of(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(getattr(value, "model", "unchunked" if value is None else value))
+
+
+def slug(name: str) -> str:
+    """A name, a path too, as part of a file's name."""
+    return re.sub("[^A-Za-z0-9.-]+", "-", name).strip("-")
 
 
 def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -175,6 +181,7 @@ class Testbed:
     calibrations: dict[str, str] | None = None  # model -> calibration that describes this machine, for the simulator
     may_preempt: bool = False  # whether preemptions for want of KV blocks are expected here, and declared by this
     switch_chunk_size: bool = True  # False: Figure 9b takes a fresh engine for each chunk size
+    nvlink: bool = True  # whether the GPUs of a session must be joined by it
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -274,13 +281,18 @@ NEEDED = (
 )
 
 
+def model_path(name: str) -> Path:
+    """Where the shape of a model lies: one of ours by name, or the path of a config.json."""
+    return Path(name) if name.endswith(".json") else MODELS / f"{name}.json"
+
+
 def load_model(name: str) -> dict[str, Any]:
     """The Hugging Face config of a model shape, one of ours by name or the path of a config.json, without our `_source` note.
 
     What many leave out is filled in as transformers does: heads of keys and values, and their size. Raises SpecError for an
     unknown model, and for a file that is no such config.
     """
-    path = Path(name) if name.endswith(".json") else MODELS / f"{name}.json"
+    path = model_path(name)
     if not path.is_file():
         raise SpecError(f"models: unknown model {name!r}; there are: {_names(MODELS, '*.json')}")
     try:

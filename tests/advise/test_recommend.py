@@ -173,6 +173,7 @@ def test_capacity_is_of_simulations_at_the_papers_scale(capsys: pytest.CaptureFi
 SERVED = {
     f"{testbed}-{session.model}": session
     for testbed in sorted(path.stem for path in TESTBEDS.glob("*.yaml"))
+    if load_testbed(testbed).models
     for session in expand(load_figure("fig9b"), load_testbed(testbed), 1)
 }
 

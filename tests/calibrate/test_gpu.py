@@ -32,15 +32,37 @@ def config(folder: Path, **others: Any) -> str:
     return str(path)
 
 
-def test_a_model_is_ours_an_id_a_folder_or_a_config(tmp_path: Path) -> None:
-    path = config(tmp_path)
-    assert model_of("mistral-7b") == ("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2")
-    assert model_of("mistralai/Mistral-7B-Instruct-v0.2") == ("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2")
+def test_a_model_is_ours_an_id_a_folder_or_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    path, own = config(tmp_path), "mistralai/Mistral-7B-Instruct-v0.2"
+    assert model_of("mistral-7b") == model_of(own) == ("mistral-7b", own)
     assert model_of(path) == model_of(str(tmp_path)) == (path, str(tmp_path))
-    with pytest.raises(
-        SpecError, match=r"^MODEL: got 'no/model'; allowed: .*; a folder with its config.json does for any model$"
-    ):
-        model_of("no/model")
+    line = (
+        r"^MODEL: got '(no/model)?'; allowed: .*; a folder with its config.json does for any model, and so does an id after hf"
+    )
+    for text in ("no/model", ""):
+        with pytest.raises(SpecError, match=line):
+            model_of(text)
+
+
+@pytest.mark.parametrize(
+    ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+def test_an_id_that_was_downloaded_is_known_by_what_was_downloaded(
+    variable: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its weights, where the id of one of ours would have dummy ones."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    for text in ("some/Model-1.5B", "mistralai/Mistral-7B-Instruct-v0.2"):
+        folder = tmp_path / inside / f"models--{text.replace('/', '--')}"
+        for name in ("refs", "snapshots/12ab"):
+            (folder / name).mkdir(parents=True)
+        (folder / "refs" / "main").write_text("12ab")
+        assert model_of("mistral-7b")[0] == "mistral-7b"
+        path = config(folder / "snapshots" / "12ab")
+        assert model_of(text) == (path, text)
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,36 @@ def test_both_gpus_of_a_pair_are_on_one_node() -> None:
     assert both.takes["memory"] == TWO.memory_gib * GIB
 
 
+def test_two_sessions_on_four_gpus_each_share_an_nvswitch() -> None:
+    sets = {"nvlink-0-1-2-3": 1.0, "nvlink-4-5-6-7": 1.0, **{f"nvlink-{n}-{n + 1}": 1.0 for n in (0, 2, 4, 6)}}
+    eight = Node("a", "a", "H100 x 8", {"CPU": 64.0, "memory": 1024 * GIB, **{f"gpu-{n}": 1.0 for n in range(8)}, **sets})
+    four = replace(TWO, engine=replace(TWO.engine, tensor_parallel=4))
+    first, second, third = (take(four, [eight], "H100 x 8") for _ in range(3))
+    assert first
+    assert second
+    assert third is None
+    assert [place.share_of_cores() for place in (first, second)] == ["0,1,2,3/8", "4,5,6,7/8"]
+    assert take(ONE, [eight], "H100 x 8") is None
+    second.give_back()
+    pair = take(TWO, [eight], "H100 x 8")
+    assert pair
+    assert pair.share_of_cores() == "4,5/8"
+    assert take(four, [eight], "H100 x 8") is None  # two of its four are taken
+
+
+def test_advice_takes_gpus_without_nvlink_and_a_figure_does_not() -> None:
+    four = node("a", "L40S x 4", gpu_0=1.0, gpu_1=1.0, gpu_2=1.0, gpu_3=1.0)
+    assert take(TWO, [four], "L40S x 4") is None
+    places = [take(replace(TWO, nvlink=False), [four], "L40S x 4") for _ in range(3)]
+    assert [place.share_of_cores() if place else "" for place in places] == ["0,1/4", "2,3/4", ""]
+
+
 def test_each_gpu_has_its_share_of_the_cores() -> None:
     """An engine that loads compiles on its own cores, not on those of one that measures."""
     four = node("a", cores=18.0, gpu_0=1.0, gpu_1=1.0, gpu_2=1.0, gpu_10=1.0, nvlink_0_1=1.0)
     pair, *alone = [take(session, [four], "A100 x 2") for session in (TWO, ONE, ONE)]
     assert [place.takes["CPU"] for place in (pair, *alone) if place] == [8.0, 4.0, 4.0]
-    assert [place.share_of_cores() for place in (pair, *alone) if place] == ["0,1/4", "3/4", "2/4"]
+    assert [place.share_of_cores() for place in (pair, *alone) if place] == ["0,1/4", "2/4", "3/4"]
     few = node("b", cores=2.0, gpu_0=1.0, gpu_1=1.0, gpu_2=1.0)
     assert [place.takes["CPU"] if (place := take(ONE, [few], "A100 x 2")) else 0.0 for _ in range(3)] == [1.0, 1.0, 0.0]
     place = take(ON_CPU, [node("c", "cpu")], "cpu")

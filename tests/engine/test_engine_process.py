@@ -74,5 +74,5 @@ def test_calibrate_and_bench_take_the_gpus_that_a_session_would(
     with pytest.raises(SpecError, match=f"RuntimeError: PCI_BUS_ID {seen};"):
         start()
     monkeypatch.setattr(gpus, "resources", dict)
-    with pytest.raises(SpecError, match=r": got no GPU; allowed: a (GPU that is free|free pair of GPUs joined by NVLink); "):
+    with pytest.raises(SpecError, match=r": got no GPU; allowed: a (GPU|pair of GPUs joined by NVLink), not in use; "):
         start()

@@ -1,16 +1,17 @@
-"""GPUs as Ray resources: nvidia-smi's matrix, pairs, who gets what; memory before loading."""
+"""GPUs as Ray resources: nvidia-smi's matrix, sets joined by NVLink, who gets what; memory before loading."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_smi import NVSWITCH, card, cards_here, matrix
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,48 +40,42 @@ Legend:
 """
 
 
-def matrix(count: int, links: dict[tuple[int, int], int]) -> str:
-    cells = [["X" if a == b else f"NV{n}" if (n := links.get((min(a, b), max(a, b)))) else "SYS" for b in range(count)]
-             for a in range(count)]  # fmt: skip
-    header = "\t" + "\t".join(f"GPU{n}" for n in range(count)) + "\tCPU Affinity"
-    return "\n".join([header, *(f"GPU{n}\t" + "\t".join(row) + "\t0-7" for n, row in enumerate(cells))])
+def test_bridged_cards_are_pairs() -> None:
+    assert gpus.nvlink_sets(BRIDGES, range(4)) == [(0, 2), (1, 3)]
+    ring = {(0, 1): 12, (1, 2): 12, (2, 3): 12, (0, 3): 12}  # four that are not each joined to each
+    assert gpus.nvlink_sets(matrix(4, ring), range(4)) == [(0, 1), (2, 3)]
 
 
-def test_pairs_of_bridged_cards() -> None:
-    assert gpus.nvlink_pairs(BRIDGES, range(4)) == [(0, 2), (1, 3)]
-
-
-def test_pairs_where_all_are_joined() -> None:
-    everything = {(a, b): 12 for a in range(8) for b in range(a + 1, 8)}
-    assert gpus.nvlink_pairs(matrix(8, everything), range(8)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    assert gpus.nvlink_pairs(matrix(8, everything), {1, 2, 4}) == [(1, 2)]  # whatever those that are busy would be joined to
+def test_an_nvswitch_gives_pairs_fours_and_all() -> None:
+    eight = matrix(8, NVSWITCH)
+    pairs, fours = [(0, 1), (2, 3), (4, 5), (6, 7)], [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert gpus.nvlink_sets(eight, range(8)) == [*pairs, *fours, tuple(range(8))]
+    assert gpus.nvlink_sets(eight, {1, 2, 4}) == [(1, 2)]  # whatever those that are busy would be joined to
+    assert gpus.nvlink_sets(eight, {*range(8)} - {3}) == [(0, 1), (2, 4), (5, 6), (0, 1, 2, 4)]
 
 
 def test_the_strongest_links_come_first() -> None:
-    assert gpus.nvlink_pairs(matrix(4, {(0, 1): 1, (0, 3): 2, (1, 2): 2}), range(4)) == [(0, 3), (1, 2)]
+    assert gpus.nvlink_sets(matrix(4, {(0, 1): 1, (0, 3): 2, (1, 2): 2}), range(4)) == [(0, 3), (1, 2)]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", "GPU0\n", matrix(1, {}), matrix(2, {})])
-def test_no_pair(text: str) -> None:
-    assert gpus.nvlink_pairs(text, range(4)) == []
+def test_no_set(text: str) -> None:
+    assert gpus.nvlink_sets(text, range(4)) == []
 
 
 @given(st.integers(1, 8).flatmap(
     lambda n: st.tuples(st.just(n), st.dictionaries(
         st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda pair: pair[0] < pair[1]), st.integers(1, 18)))
 ))  # fmt: skip
-def test_no_gpu_is_in_two_pairs_and_every_pair_is_joined(made: tuple[int, dict[tuple[int, int], int]]) -> None:
+def test_no_gpu_is_in_two_sets_of_a_size_and_in_a_set_all_are_joined(made: tuple[int, dict[tuple[int, int], int]]) -> None:
     count, links = made
-    pairs = gpus.nvlink_pairs(matrix(count, links), range(count))
-    used = [number for pair in pairs for number in pair]
-    assert len(used) == len(set(used))
-    assert all(pair in links for pair in pairs)
-    assert not [link for link in links if not set(link) & set(used)]  # no joined two are both left over
-
-
-def card(name: str, mib: int, used: int, number: int, capability: str = "8.0") -> str:
-    """As nvidia-smi prints what it is asked for."""
-    return f"{name}, {mib}, {used}, 580.95.05, GPU-{number}{number}, {capability}"
+    sets = gpus.nvlink_sets(matrix(count, links), range(count))
+    for size in (2, 4, 8):
+        used = [number for one in sets if len(one) == size for number in one]
+        assert len(used) == len(set(used))
+        if size == 2:
+            assert not [link for link in links if not set(link) & set(used)]  # no joined two are both left over
+    assert all(pair in links for one in sets for pair in combinations(one, 2))
 
 
 PCIE, A10, T4, DISPLAY = ("NVIDIA A100 80GB PCIe", 81920), ("NVIDIA A10", 23028), ("Tesla T4", 15360), ("NVIDIA T400", 2048)
@@ -89,17 +84,8 @@ PCIE, A10, T4, DISPLAY = ("NVIDIA A100 80GB PCIe", 81920), ("NVIDIA A10", 23028)
 @pytest.fixture
 def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A fake nvidia-smi first on PATH, which prints the files `cards` and `matrix`."""
-    (tmp_path / "matrix").write_text(BRIDGES)
-    (tmp_path / "cards").write_text("\n".join(card(*PCIE, 4, number) for number in range(4)))
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(f'#!/bin/sh\ncase "$1" in topo) cat {tmp_path}/matrix ;; *) cat {tmp_path}/cards ;; esac\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(doctor, "_compiler_problems", list)
-    provenance.machine.cache_clear()
-    yield tmp_path
-    provenance.machine.cache_clear()
+    with cards_here(tmp_path, [card(*PCIE, 4, number) for number in range(4)], BRIDGES, monkeypatch) as here:
+        yield here
 
 
 @pytest.mark.usefixtures("four_cards")
@@ -176,12 +162,46 @@ def test_a_run_of_its_own_declares_them_too() -> None:
     assert local_ray._options(None)["resources"] == gpus.resources() != {}
 
 
-def test_places_are_single_gpus_outside_of_pairs_first_or_whole_pairs() -> None:
+def test_places_are_single_gpus_outside_of_pairs_first_or_whole_sets() -> None:
     total = dict.fromkeys(("gpu-0", "gpu-1", "gpu-2", "nvlink-0-2"), 1.0) | {"CPU": 8.0}
     assert gpus.places(1, total) == [("gpu-1",), ("gpu-0",), ("gpu-2",)]
-    assert gpus.places(2, total) == [("nvlink-0-2", "gpu-0", "gpu-2")]
+    assert gpus.places(2, total) == gpus.places(2, total, nvlink=False) == [("nvlink-0-2", "gpu-0", "gpu-2")]
     assert gpus.places(4, total) == gpus.places(2, {"gpu-0": 1.0, "gpu-1": 1.0}) == gpus.places(1, {"GPU": 2.0}) == []
+    assert gpus.places(4, total, nvlink=False) == []  # there are three
     assert gpus.devices(("nvlink-0-2", "gpu-0", "gpu-2")) == "0,2"
+
+
+@pytest.mark.parametrize(
+    ("links", "joined", "loose"),
+    [
+        (NVSWITCH, {1: 8, 2: 4, 4: 2, 8: 1}, {1: 8, 2: 4, 4: 2, 8: 1}),
+        ({(0, 2): 12, (1, 3): 12, (4, 6): 12, (5, 7): 12}, {1: 8, 2: 4, 4: 0, 8: 0}, {1: 8, 2: 4, 4: 2, 8: 1}),
+        ({}, {1: 8, 2: 0, 4: 0, 8: 0}, {1: 8, 2: 4, 4: 2, 8: 1}),
+    ],
+)
+def test_how_many_sessions_of_each_size_a_machine_holds(
+    links: dict[tuple[int, int], int], joined: dict[int, int], loose: dict[int, int]
+) -> None:
+    """Of an NVSwitch, of bridges, and without NVLink; the sessions of a size share no GPU."""
+    sets = gpus.nvlink_sets(matrix(8, links), range(8))
+    total = dict.fromkeys([f"gpu-{n}" for n in range(8)] + ["nvlink-" + "-".join(map(str, one)) for one in sets], 1.0)
+    for nvlink, wanted in ((True, joined), (False, loose)):
+        for size, count in wanted.items():
+            numbers = [gpus.devices(place).split(",") for place in gpus.places(size, total, nvlink)]
+            assert [len(own) for own in numbers] == [size] * count
+            assert len({n for own in numbers for n in own}) == size * count
+    if links and links != NVSWITCH:
+        assert gpus.devices(gpus.places(4, total, nvlink=False)[0]) == "0,2,1,3"  # two pairs, not two halves
+
+
+def test_one_card_or_the_machine_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {s.model: s.engine for s in expand(load_figure("fig9a"), load_testbed("a100"), 1)}["mistral-7b"]
+    monkeypatch.setattr(gpus, "resources", lambda: dict.fromkeys(["gpu-0", "gpu-1"], 1.0))
+    for size, nvlink, wanted in ((2, True, "a pair of GPUs joined by NVLink"), (4, False, "4 GPUs")):
+        with pytest.raises(SpecError, match=f"^mistral-7b: got gpu-0, gpu-1; allowed: {wanted}, not in use; make doctor"):
+            gpus.environment_here(dataclasses.replace(settings, tensor_parallel=size), nvlink)
+    seen = gpus.environment_here(dataclasses.replace(settings, tensor_parallel=2), nvlink=False)
+    assert seen == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,1"}
 
 
 @pytest.mark.usefixtures("four_cards")
@@ -193,8 +213,8 @@ def test_doctor_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert doctor.problems(testbed, tmp_path, cards) == []
     cards[2]["used_mib"] = 30000
     assert doctor.problems(testbed, tmp_path, cards) == []  # three are left
-    for card in cards[:3]:
-        card["used_mib"] = 30000
+    for one in cards[:3]:
+        one["used_mib"] = 30000
     (line,) = doctor.problems(testbed, tmp_path, cards)
     assert "NVIDIA A100 80GB PCIe 80 GiB (29.3 GiB in use), NVIDIA A100 80GB PCIe 80 GiB; 2 x A100 with 79 GiB, alike" in line
     assert "end what nvidia-smi lists, or use a smaller testbed" in line
@@ -219,30 +239,41 @@ def test_doctor_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 H100, RTX = "NVIDIA H100 80GB HBM3, 81559, 4, 580.95.05", "NVIDIA GeForce RTX 4090, 24564, 300, 580.95.05"
-A100 = "NVIDIA A100-SXM4-80GB, 81920, 4, 580.95.05"
+A100, L40S = "NVIDIA A100-SXM4-80GB, 81920, 4, 580.95.05", "NVIDIA L40S, 46068, 4, 580.95.05"
+A4000 = "NVIDIA RTX A4000, 16376, 4, 580.95.05"
 
 
 @pytest.mark.parametrize(
-    ("cards", "joined", "testbed"),
+    ("cards", "joined", "testbed", "advice"),
     [
-        ([A100, A100], True, "a100"),
-        ([H100, H100], True, "gpu-80g-pair"),
-        ([H100, H100], False, "gpu-80g"),
-        ([A100], False, "gpu-80g"),
-        ([RTX], False, "gpu-24g"),
-        ([], False, "cpu"),
+        ([A100, A100], True, "a100", "a100"),
+        ([H100, H100], True, "gpu-80g-pair", "gpu-80g-pair"),
+        ([H100, H100], False, "gpu-80g", "gpu-80g"),
+        ([H100] * 8, True, "gpu-80g-pair", "gpu-80g-pair"),
+        ([A100], False, "gpu-80g", "gpu-80g"),
+        ([L40S] * 4, False, "gpu-24g", "gpu-24g"),
+        ([RTX], False, "gpu-24g", "gpu-24g"),
+        ([A4000], False, "cpu", "gpu"),
+        ([], False, "cpu", "cpu"),
     ],
 )
 def test_auto_is_the_largest_that_fits(
-    cards: list[str], joined: bool, testbed: str, four_cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cards: list[str],
+    joined: bool,
+    testbed: str,
+    advice: str,
+    four_cards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    listed = "".join(f"echo '{card}';" for card in cards) or "true;"
-    (four_cards / "matrix").write_text(matrix(len(cards), {(0, 1): 18} if joined else {}))
-    (four_cards / "nvidia-smi").write_text(f'#!/bin/sh\ncase "$1" in topo) cat {four_cards}/matrix ;; *) {listed} esac\n')
+    """For figures, for advice on a model of theirs, and on any other: any GPU does for that, and only that."""
+    (four_cards / "cards").write_text("\n".join(cards))
+    (four_cards / "matrix").write_text(matrix(len(cards), NVSWITCH if joined else {}))
     monkeypatch.setattr(doctor, "machine", lambda: {"cores": 64, "memory_gib": 512.0})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50, total=2**50))
-    found, reason = doctor.choose_testbed("auto", tmp_path)
-    assert found.testbed == testbed, reason
+    for model, wanted in (("", testbed), ("mistral-7b", advice), ("Qwen/Qwen3-8B", "gpu" if cards else "cpu")):
+        found, reason = doctor.choose_testbed("auto", tmp_path, model)
+        assert found.testbed == wanted, reason
 
 
 @pytest.mark.parametrize(
