@@ -70,7 +70,7 @@ def show(case: Case, advice: Advice) -> None:
         words = f"{WORDS[question.goal]} {advice.value:.3g} s ({many}) with {question} {question.load}"
     names = [name for name in dict.fromkeys((*NAMES, *question.targets, question.goal)) if name in TARGETS]
     columns = (f"{WORDS[name]} ms" for name in names)
-    view = terminal.table("chunk", "batch", "QPS", "to best", "bound by", *columns)
+    rows = []
     known, default = {option.setting: option for option in (advice.default, best, *advice.neighbours) if option}, advice.default
     for option in sorted(known.values(), key=lambda option: option.setting):
         own = default and option.setting == default.setting
@@ -78,11 +78,10 @@ def show(case: Case, advice: Advice) -> None:
         kept = f"{option.rate:.3g}" if option.rate else "no"
         cost = f"{option.rate / best.rate - 1:+.0%}" if not question.load else ""
         numbers = [f"{1e3 * option.latency[name]:.0f}" for name in names]
-        view.add_row(
-            name, str(option.setting.max_batch), kept, cost, WORDS[option.bound_by].removeprefix("median scheduling "), *numbers
-        )
+        bound = WORDS[option.bound_by].removeprefix("median scheduling ")
+        rows.append((name, str(option.setting.max_batch), kept, cost, bound, *numbers))
     console.print(f"\n{what}: {words}", style="bold")
-    console.print(view, soft_wrap=False)
+    terminal.table(("chunk", "batch", "QPS", "to best", "bound by", *columns), {"": rows})
     keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"
     console.print(f"SIMULATED; {keys}, seed {case.seeds[0]}")
     if len(classes := ttft_by_prompt(case, best)) > 1:

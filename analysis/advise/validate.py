@@ -8,8 +8,9 @@ that can be foretold, and at the speed that the trial's own steps had, which lea
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from experiments.records.metrics import NAMES
 from experiments.records.provenance import machine
 from experiments.records.record import Phase, Record, Request
 from experiments.records.store import write_whole
-from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 from experiments.simulator.calibration import Calibration, at_speed, load_calibration
 from experiments.simulator.cost_model import CostModel
 from experiments.simulator.estimate import calibration_here
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.spec import EngineSettings, Testbed
 
+Calibrations = Mapping[str, Calibration]  # of this machine, by the engine's model
 STEP_TIME = "step time"
 TOTAL_TARGET = 0.05  # of the summed step time
 # median and worst error over the points
@@ -51,22 +53,26 @@ def phases_again(record: Record) -> list[Phase]:
     return phases
 
 
-def predicted_run(run: Run, calibrations: Mapping[str, Calibration], own_speed: bool = False) -> Run:
-    """The same run with records from the simulator. calibrations: engine model -> calibration of this machine."""
+def predicted_run(run: Run, calibrations: Calibrations, speeds: Iterable[float] = repeat(1.0)) -> Run:
+    """The same run with records from the simulator, each trial on a machine of its speed, 1 at calibration."""
     trials = []
-    for trial in run.trials:
+    for trial, speed in zip(run.trials, speeds, strict=False):
         settings, blocks = EngineSettings(**trial.facts["settings"]), trial.facts["engine"]["kv_blocks"]
-        calibration = calibrations[settings.model]
-        if own_speed:
-            calibration = at_speed(calibration, speed_of(trial.record.steps, calibration))
-        engine = SimulatedEngine(settings, calibration, trial.facts["seed"], blocks)
+        engine = SimulatedEngine(settings, at_speed(calibrations[settings.model], speed), trial.facts["seed"], blocks)
         trials.append(replace(trial, record=engine.run(phases_again(trial.record), 1e9)))
     return replace(run, trials=tuple(trials))
 
 
-def speed_of(steps: pd.DataFrame, calibration: Calibration) -> float:
-    """How fast the machine was in these steps (STEP_COLUMNS), 1 at calibration: their predicted over their measured time."""
-    return float(sum(CostModel(calibration).seconds(steps)) / steps["seconds"].sum())
+def trial_speeds(run: Run, calibrations: Calibrations) -> list[float]:
+    """How fast the machine was in each trial, 1 at calibration: predicted over measured time of its own steps."""
+    pairs = ((calibrations[trial.facts["settings"]["model"]], trial.record.steps) for trial in run.trials)
+    return [float(sum(CostModel(known).seconds(steps)) / steps["seconds"].sum()) for known, steps in pairs]
+
+
+def speed_ranges(run: Run, speeds: Sequence[float]) -> dict[str, tuple[float, float, float]]:
+    """By model the least, the median and the most of trial_speeds."""
+    found = pd.Series(speeds).groupby([trial.facts["model"] for trial in run.trials]).agg(["min", "median", "max"])
+    return {str(model): (least, middle, most) for model, least, middle, most in found.itertuples()}
 
 
 def points(run: Run) -> pd.Series:
@@ -88,23 +94,18 @@ def points(run: Run) -> pd.Series:
     return pd.Series(found.stack())
 
 
-def compare(run: Run, calibrations: Mapping[str, Calibration]) -> pd.DataFrame:
-    """One row per point and metric: measured and predicted, seconds, and the error. A trial's repetition is left out."""
-    own = (t for t in run.trials if not t.repeat and any(role["role"] == "point" for role in t.facts["phases"]))
-    run = replace(run, trials=tuple(own))
-    own_speed = predicted_run(run, calibrations, own_speed=True)
-    kinds = {"measured": run, "predicted": predicted_run(run, calibrations), "at_own_speed": own_speed}
+def compare(run: Run, calibrations: Calibrations, speeds: Sequence[float]) -> pd.DataFrame:
+    """One row per point and metric: measured and predicted, seconds, and the error. A trial's repetition is left out.
+
+    speeds: as trial_speeds gives them.
+    """
+    own = [not t.repeat and any(role["role"] == "point" for role in t.facts["phases"]) for t in run.trials]
+    run, speeds = replace(run, trials=tuple(compress(run.trials, own))), [*compress(speeds, own)]
+    kinds = {"measured": run, "predicted": predicted_run(run, calibrations)}
+    kinds["at_own_speed"] = predicted_run(run, calibrations, speeds)
     table = pd.DataFrame({name: points(kind) for name, kind in kinds.items()}).reset_index().assign(figure=run.figure)
     table = table[["figure", "model", "metric", "at", "chunk_size", *kinds]]
     return table.assign(**{name: table[kind] / table["measured"] - 1 for name, kind in ERRORS.items()})
-
-
-def speeds(run: Run, calibrations: Mapping[str, Calibration]) -> dict[str, tuple[float, float, float]]:
-    """By model: how fast the machine was in a trial, 1 at calibration: the least, the median and the most over trials."""
-    rows = [(t.facts["model"], speed_of(t.record.steps, calibrations[t.facts["settings"]["model"]])) for t in run.trials]
-    of_model = pd.DataFrame(rows, columns=["model", "speed"]).groupby("model")["speed"]
-    found = of_model.agg(["min", "median", "max"])
-    return {str(model): (least, middle, most) for model, least, middle, most in found.itertuples()}
 
 
 def judge(table: pd.DataFrame) -> list[tuple[str, bool]]:
@@ -127,15 +128,17 @@ def judge(table: pd.DataFrame) -> list[tuple[str, bool]]:
 
 def show(run: Run, table: pd.DataFrame) -> None:
     """Print foretold against measured for every point; the CSV holds step time too."""
-    console.print(f"\n{run.title}\nactual: measured; foretold: SIMULATED with this machine's calibration; milliseconds")
+    console.print()
+    paragraph(run.title)
+    console.print()
     rows = table[table["metric"] != STEP_TIME]
-    named = ["model", *(["metric"] if rows["metric"].nunique() > 1 else []), "at", "chunk_size"]
-    view = terminal.table(*(name.removesuffix("_size") for name in named), "actual", "foretold", "error", "own")
+    named = [*(["metric"] if rows["metric"].nunique() > 1 else []), "at", "chunk_size"]
+    parts: dict[str, list[Sequence[str]]] = {}
     for row in rows.to_dict("records"):
-        seconds, errors = (row["measured"], row["predicted"]), (row[name] for name in ERRORS)
-        view.add_row(*(row[name] for name in named), *(f"{1e3 * each:.1f}" for each in seconds), *(f"{e:+.1%}" for e in errors))
-    console.print(view, soft_wrap=False)
-    console.print("own: the error at the speed that the machine had in each trial, by all its steps")
+        times = (f"{1e3 * row[kind]:.1f}" for kind in ("measured", "predicted"))
+        part = parts.setdefault(row["model"], [])
+        part.append((*(row[name] for name in named), *times, *(f"{row[name]:+.1%}" for name in ERRORS)))
+    terminal.table([*(name.removesuffix("_size") for name in named), "actual ms", "foretold ms", "error", "own"], parts)
 
 
 def measured_run(folder: Path, figure: str, testbed: str) -> Run:
@@ -177,25 +180,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine to be measured; allowed: a testbed with one")
     runs = [measured_run(options.runs, figure, testbed.testbed) for figure in ("fig9a", "fig9b")]
     calibrations = calibrations_for(testbed, runs)
-    tables = [compare(run, calibrations) for run in runs]
+    speeds = [trial_speeds(run, calibrations) for run in runs]
+    tables = [compare(run, calibrations, own) for run, own in zip(runs, speeds, strict=True)]
     for run, table in zip(runs, tables, strict=True):
         show(run, table)
+    own_speed = "own: the error at the speed that the machine had in each trial, by all its steps"
+    paragraph(f"actual: measured; foretold: SIMULATED with this machine's calibration; {own_speed}")
     table = pd.concat(tables, ignore_index=True)
     target = options.report / f"validate-{testbed.testbed}"
-    drawn = save(validation_figure(table, testbed.title), target)
-    files = [Path(f"{target}.csv"), *drawn]
+    files = [Path(f"{target}.csv"), *save(validation_figure(table, testbed.title), target)]
     write_whole(files[0], table.to_csv(index=False))
     judged = judge(table)
     for sentence, met in judged:
-        console.print(f"{'met   ' if met else 'MISSED'}  {sentence}")
-    fast = {run.figure: speeds(run, calibrations) for run in runs}
+        paragraph(f"{'met   ' if met else 'MISSED'}  {sentence}")
+    fast = {run.figure: speed_ranges(run, own) for run, own in zip(runs, speeds, strict=True)}
     told = "; ".join(
         f"{figure} {model} {least:.2f} to {most:.2f}, median {middle:.2f}"
         for figure, of in fast.items()
         for model, (least, middle, most) in of.items()
     )
-    console.print(f"speed of this machine in the trials, 1 at calibration: {told}")
-    console.print("what is missed above, but not at the trials' own speed, is its drift: no calibration foretells that")
+    paragraph(f"speed of this machine in the trials, 1 at calibration: {told}")
+    paragraph("what is missed above, but not at the trials' own speed, is its drift: no calibration foretells that")
     console.print(written(*files))
     result(targets=[{"target": words, "met": met} for words, met in judged], speeds=fast, files=files)
     return 0 if all(met for _, met in judged) else 1

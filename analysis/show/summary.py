@@ -150,41 +150,39 @@ def spread(row: Mapping[Any, Any], name: str, form: str, factor: float = 1.0, en
 
 
 def show_prefill(run: Run, table: pd.DataFrame) -> None:
-    """Print the table of Figure 9a, a part for each model."""
-    for model, rows in table.groupby("model", sort=False):
-        in_paper = rows["in_paper"].iloc[0]
-        console.print(f"\n{model}{'' if in_paper else ', a panel the paper does not have'}")
-        view = terminal.table("prompt", "chunk size", "prefill ms", "relative", "published")
+    """Print the table of Figure 9a."""
+    parts: dict[str, list[Sequence[str]]] = {}
+    for (model, prompt), rows in table.groupby(["model", "prompt_length"], sort=False):
+        part = parts.setdefault(str(model), [])
+        part += [()] * bool(part)
         for row in rows.to_dict("records"):
             published = "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}"
             times = (spread(row, "seconds", ".1f", 1e3), spread(row, "relative", ".2f"), published)
-            view.add_row(str(row["prompt_length"]), row["chunk_size"], *times, end_section=row["chunk_size"] == "unchunked")
-        console.print(view, soft_wrap=False)
-        if run.plan["scale"] == 1 and in_paper:
-            paragraph(published_errors(rows))
-    paragraph("prompt, chunk size: the paper's tokens; relative: to the same session's unchunked prefill")
+            part.append((str(prompt), row["chunk_size"], *times))
+    terminal.table(("prompt", "chunk size", "prefill ms", "relative", "published"), parts)
+    told = ["prompt, chunk size: the paper's tokens", "relative: to the same session's unchunked prefill"]
+    told += [f"{model}: a panel the paper does not have" for model in table.loc[~table["in_paper"], "model"].unique()]
+    paragraph("; ".join(told))
+    if run.plan["scale"] == 1 and table["in_paper"].any():
+        paragraph(published_errors(table))
 
 
 def show_serving(run: Run, table: pd.DataFrame) -> None:
-    """Print the table of Figure 9b, a part for each model; the CSV holds every metric."""
+    """Print the table of Figure 9b; the CSV holds every metric."""
+    parts: dict[str, list[Sequence[str]]] = {}
+    factor, unit = time_unit([0.0, *table["ttft_p50"].dropna()])
+    ttft = ".0f" if unit == "ms" else ".2f"
+    for (model, qps), rows in table.groupby(["model", "qps"], sort=False):
+        part = parts.setdefault(str(model), [])
+        part += [()] * bool(part)
+        tbt = ".1f" if rows["tbt_p99"].max() < 0.1 else ".0f"
+        for row in rows.to_dict("records"):
+            at = (f"{qps:g}", f"{row.get('load', row['rate']):.2f}", f"{row['chunk_size']}{'*' if row['truncated'] else ''}")
+            times = (spread(row, "ttft_p50", ttft, factor), spread(row, "tbt_p99", tbt, 1e3))
+            delay = number(factor * row["scheduling_delay_p50"], ttft)
+            part.append((*at, *times, delay, number(row["utilisation"], ".0%")))
     second = "load" if "load" in table else "run at"
-    for model, of_model in table.groupby("model", sort=False):
-        factor, unit = time_unit([0.0, *of_model["ttft_p50"].dropna()])
-        ttft, tbt = ".0f" if unit == "ms" else ".2f", ".1f" if of_model["tbt_p99"].max() < 0.1 else ".0f"
-        console.print(f"\n{model}")
-        view = terminal.table("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
-        for qps, rows in of_model.groupby("qps", sort=False):
-            for row in rows.to_dict("records"):
-                at = (
-                    f"{qps:g}",
-                    f"{row.get('load', row['rate']):.2f}",
-                    f"{row['chunk_size']}{'*' if row['truncated'] else ''}",
-                )
-                delay = number(factor * row["scheduling_delay_p50"], ttft)
-                times = (spread(row, "ttft_p50", ttft, factor), spread(row, "tbt_p99", tbt, 1e3), delay)
-                view.add_row(*at, *times, number(row["utilisation"], ".0%"))
-            view.add_section()
-        console.print(view, soft_wrap=False)
+    terminal.table(("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy"), parts)
     what = "load: QPS over what that chunk size could serve" if "load" in table else "run at: requests per second here"
     paragraph(f"QPS, chunk: the paper's; {what}; delay: median scheduling delay")
 
@@ -230,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(target, table.to_csv(index=False))
     console.print()
     paragraph(f"{run.title}; median and range of {run.replicates} replicate{'s'[: run.replicates != 1]}")
+    console.print()
     show(run, table)
     for line in published_lines(against_published(run)):
         paragraph(line)

@@ -16,14 +16,15 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
+from rich.text import Text
 
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
@@ -102,9 +103,22 @@ def result(**facts: object) -> None:
             print(json.dumps(facts, sort_keys=True, default=str))
 
 
-def table(*names: str) -> Table:
-    """A table of numbers with these columns, to be filled and printed."""
-    return Table(*(Column(name, justify="right") for name in names), box=box.SIMPLE_HEAD, pad_edge=False)
+def table(columns: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Print one table of at most 80 columns, with one heading for all parts: each its name, if it has one, and its rows.
+
+    An empty row sets apart those that follow.
+    """
+    view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for number, column in enumerate(columns):
+        view.add_column(column, justify="right", no_wrap=number > 0, overflow="fold")
+    for name, rows in parts.items():
+        view.add_section()
+        if name:
+            view.add_row(Text(name, "bold", justify="left"))
+        for row in rows:
+            view.add_row(*row) if row else view.add_section()
+    console.print(view, soft_wrap=False, width=min(80, console.width))
+    console.print()
 
 
 def paragraph(text: str, indent: str = "") -> None:

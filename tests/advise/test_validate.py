@@ -47,7 +47,8 @@ def runs() -> list[Run]:
 
 
 def compared(runs: list[Run], calibrations: dict[str, Calibration]) -> pd.DataFrame:
-    return pd.concat([validate.compare(run, calibrations) for run in runs], ignore_index=True)
+    tables = [validate.compare(run, calibrations, validate.trial_speeds(run, calibrations)) for run in runs]
+    return pd.concat(tables, ignore_index=True)
 
 
 def test_the_known_engine_is_predicted(runs: list[Run]) -> None:
@@ -75,7 +76,8 @@ def test_a_machine_whose_speed_changed_is_told(runs: list[Run]) -> None:
     slow = {name: at_speed(calibration, 0.8) for name, calibration in exact.items()}
     slowed = [replace(run, trials=validate.predicted_run(run, slow).trials) for run in runs]
     for run in slowed:
-        assert {model: pytest.approx((0.8, 0.8, 0.8), rel=0.01) for model in run.models} == validate.speeds(run, exact)
+        ranges = validate.speed_ranges(run, validate.trial_speeds(run, exact))
+        assert {model: pytest.approx((0.8, 0.8, 0.8), rel=0.01) for model in run.models} == ranges
     table = compared(slowed, exact)
     assert table["own_error"].abs().max() < 0.02  # waking up is no part of a step's time
     assert (table.loc[table["metric"] == "prefill", "error"] < -0.15).all()
@@ -101,10 +103,10 @@ def test_every_point_is_drawn_at_its_values(runs: list[Run]) -> None:
     assert "SIMULATED" in figure.get_suptitle()
 
 
-@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
-def test_the_command_speaks_json_or_not_at_all(
-    option: str,
-    lines: int,
+@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0), (None, None)])
+def test_the_command_speaks_json_or_not_at_all_or_within_80_columns(
+    option: str | None,
+    lines: int | None,
     runs: list[Run],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,10 +114,15 @@ def test_the_command_speaks_json_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(validate, "measured_run", lambda _folder, figure, _testbed: runs[figure == "fig9b"])
     monkeypatch.setattr(validate, "calibrations_for", lambda *_: CALIBRATIONS)
-    assert validate.main(["--testbed", "cpu", "--report", str(tmp_path), option]) == 0
+    assert validate.main(["--testbed", "cpu", "--report", str(tmp_path), *([option] if option else [])]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert [[target["met"] for target in json.loads(line)["targets"]] for line in told] == [[True] * 5] * lines
     assert {path.name for path in tmp_path.iterdir()} == {f"validate-cpu.{suffix}" for suffix in ("csv", "png", "svg")}
+    if lines is not None:
+        assert [[target["met"] for target in json.loads(line)["targets"]] for line in told] == [[True] * 5] * lines
+        return
+    assert max(map(len, told[:-1])) <= 80  # the last names files
+    assert [" ".join(told).count(f"{figure} on testbed") for figure in ("fig9a", "fig9b")] == [1, 1]
+    assert sum("foretold ms" in line for line in told) == 2  # a heading for each run, whatever its models
 
 
 def test_without_a_run_one_line_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
