@@ -1,4 +1,4 @@
-"""`make pictures`: both figures of the last runs and screenshots of the report into docs/, by headless Chromium.
+"""Part of `make pictures`: the pictures of docs/, from the last runs, and screenshots of the report, by headless Chromium.
 
 The page is also watched: no line on its console, no request but for the file itself. Installs Debian's chromium by apt where it
 is missing (needs root then).
@@ -20,7 +20,14 @@ from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
 
 REPORT, DOCS = ROOT / "artifacts" / "report", ROOT / "docs"
-FIGURES = ("fig9a-cpu", "fig9b-cpu")
+PICTURES = {  # in docs/: what it is called in the report's folder, and which command leaves it there
+    "fig9a-cpu": ("fig9a-cpu", "make fig9a report"),
+    "fig9b-cpu": ("fig9b-cpu", "make fig9b report"),
+    "fig9a-a100-sim": ("fig9a-a100-sim", "make fig9a report TESTBED=a100-sim"),
+    "fig9b-a100-sim": ("fig9b-a100-sim", "make fig9b report TESTBED=a100-sim"),
+    "capacity-a100-sim": ("capacity-a100-sim", "make capacity"),
+    "capacity-h100": ("capacity-h100-sxm-Qwen-Qwen3-8B", "make capacity MODEL=Qwen/Qwen3-8B GPU=h100_sxm"),
+}
 SCREENS = {"report": (1100, 1500), "report-phone": (412, 1100)}  # CSS pixels
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
 QUIET += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # whatever is asked for, nothing leaves the machine
@@ -71,16 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 if the page asks for something, says something or is too wide; 2 without a report."""
     parse(arguments("tests.screenshots", __doc__), argv)
     page = REPORT / "index.html"
-    missing = [path for path in (page, *(REPORT / f"{name}.png" for name in FIGURES)) if not path.is_file()]
-    if missing:
-        raise SpecError(f"{missing[0]}: no such file; make fig9a fig9b verify report makes it")
-    for name in FIGURES:
-        write_whole(DOCS / f"{name}.png", (REPORT / f"{name}.png").read_bytes())
+    sources = {name: (REPORT / f"{source}.png", told) for name, (source, told) in PICTURES.items()}
+    sources["report"] = (page, "make verify report")
+    for source, told in sources.values():
+        if not source.is_file():
+            raise SpecError(f"{source}: no such file; {told} makes it")
+    for name in PICTURES:
+        write_whole(DOCS / f"{name}.png", sources[name][0].read_bytes())
     found: list[str] = []
     for name, size in SCREENS.items():
         write_whole(DOCS / f"{name}.png", lambda part, size=size: found.extend(screenshot(page, part, size)))
     found += overflow(page, SCREENS["report-phone"][0])
-    pictures = [DOCS / f"{name}.png" for name in (*FIGURES, *SCREENS)]
+    pictures = [DOCS / f"{name}.png" for name in (*PICTURES, *SCREENS)]
     console.print("\n".join(found) or "the report page writes nothing to the browser's console and asks for nothing")
     console.print(written(*pictures))
     result(files=pictures, problems=found)

@@ -20,7 +20,10 @@ from experiments.records.provenance import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", MAKEFILE, re.M)
-KNOWN = re.findall(r"^([A-Z0-9_]+) \?=", MAKEFILE, re.M)
+KNOWN = list(dict.fromkeys([*re.findall(r"^([A-Z0-9_]+) \?=", MAKEFILE, re.M), *VARIABLES]))
+READS = {target: set(names.split()) for target, names in re.findall(r"^([a-z0-9-]+):.*## .*\{(.*)\}$", MAKEFILE, re.M)}
+READS = {target: READS.get(target, set()) for target in TARGETS}
+GENERAL = {"QUIET", "JSON"} | READS["setup"] | READS["image"]  # no target names these but they
 FIXED = {"TARGET", "DOCKER", "IN", "QUIET", "JSON", "ALL", "FULL"}
 FREE = [name for name in KNOWN if name not in {*FIXED, "PYTHON"}]  # PYTHON is a command, as it should be
 ON_THE_HOST = re.findall(r"[a-z-]+", re.search(r"^ifneq \(\$\(filter ([a-z -]+),\$\(MAKECMDGOALS", MAKEFILE, re.M)[1])  # type: ignore[index]
@@ -172,7 +175,27 @@ def test_what_only_recommend_reads_is_said_elsewhere(checkout: Checkout) -> None
     assert [target for target, said in told.items() if "TTFT_P99: read by make recommend alone" in said] == ["fig9b"]
     assert "QPS" not in told["fig9b"]
     told = {target: checkout.make(target, "TP=2").stderr for target in ("fig9b", "capacity")}
-    assert [target for target, said in told.items() if "TP: read by make recommend and make capacity" in said] == ["fig9b"]
+    assert [target for target, said in told.items() if "TP: read by make recommend or capacity alone" in said] == ["fig9b"]
+
+
+def test_every_variable_stands_beside_a_target_that_reads_it(checkout: Checkout) -> None:
+    named = GENERAL.union(*READS.values())
+    assert {re.sub(r"_P\d\d$", "_P99", name) for name in KNOWN} == named
+    for target in TARGETS:
+        listed = checkout.make("-n", target, *given("x")).stdout
+        used = {re.sub(r"_P\d\d$", "_P99", name) for name in re.findall(r"\$\{?([A-Z][A-Z0-9_]*)", listed) if name in KNOWN}
+        assert used <= READS[target] | GENERAL, target
+
+
+def test_help_is_ten_targets_in_80_columns_and_help_all_the_rest(checkout: Checkout) -> None:
+    ten, everything = checkout.make().stdout, checkout.make("help-all").stdout
+    assert len(re.findall(r"^  make ", ten, re.M)) == 10
+    assert set(re.findall(r"^  make (\S+)", everything, re.M)) == set(TARGETS)
+    assert {name for name in KNOWN if name not in VARIABLES} <= set(re.findall(r"^  ([A-Z0-9_]+) ", everything, re.M))
+    assert max(map(len, (ten + everything).splitlines())) <= 80
+    for target, names in READS.items():
+        (shown,) = re.findall(rf"^  make {target} (.*?)(?=^  make |^variables)", everything, re.M | re.S)
+        assert not names or set(re.findall(r"[A-Z0-9_]+", re.findall(r"\{(.*)\}", shown, re.S)[-1])) == names
 
 
 def test_the_bags_of_the_run_are_handed_to_its_table(checkout: Checkout) -> None:
@@ -269,12 +292,3 @@ def test_only_in_its_own_folder(checkout: Checkout) -> None:
     assert done.returncode == 2
     assert "make -C FOLDER" in done.stderr
     assert (checkout.home / ".venv").exists()
-
-
-def test_what_the_documents_say_is_known() -> None:
-    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / ".ci" / "run", *ROOT.glob("docs/*.md"))]
-    named = {
-        name for text in texts for line in re.findall(r"\bmake [^`\n]*", text) for name in re.findall(r"\b([A-Z_0-9]+)=", line)
-    }
-    assert named
-    assert named <= set(KNOWN)
