@@ -15,7 +15,7 @@ FLOORS = {
     "experiments.records": [
         "errors", "cache", "record", "documents", "tables", "provenance", "terminal", "metrics", "store", "crate"
     ],
-    "experiments.spec": ["spec", "expand", "formats", "traces", "workload"],
+    "experiments.spec": ["spec", "expand", "shapes", "formats", "traces", "workload"],
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["calibration", "memory", "compiled", "cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],

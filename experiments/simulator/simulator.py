@@ -151,7 +151,10 @@ class SimulatedEngine:
         requests["request"] = requests["queue"] = np.arange(len(requests))
         slots, state = begin(self._settings.max_batch, self._cost.calibration.block_size, self._blocks)
         tokens, steps = rows(int(requests["output_tokens"].sum()) if record else 0, TOKEN), rows(size if record else 1, STEP)
-        gaps, kinds = rows(2 * size, GAP), (False, jitter.decode_sigma is not None)  # who only decode may have their own sigma
+        kinds = (False, jitter.decode_sigma is not None)  # who only decode may have their own sigma
+        # Room for all gaps unless requests are preempted: to grow it costs copies, and what is not written takes no memory.
+        pieces = -(-requests["prompt_tokens"] // requests["budget"])
+        gaps = rows(int((2 * requests["output_tokens"] + pieces).sum()) + 2 * len(slots), GAP)
         for last in (np.flatnonzero(np.diff(requests["phase"], append=-1)) + 1).tolist():
             requests["arrival_s"][first:last] += state["clock"]
             state["coming"] = first + np.isfinite(requests["arrival_s"][first:last]).sum()
@@ -159,8 +162,10 @@ class SimulatedEngine:
             while why == FULL:
                 mixed, alone = (drawn_jitter(jitter, self._seed, size, kind) for kind in kinds)
                 why = serve(requests, slots, state, steps, tokens, gaps, self._cost.costs, mixed, alone, last, limit)
-                if why == FULL:
-                    size, steps, gaps = 2 * size, rows(2 * len(steps), STEP, steps), rows(2 * len(gaps), GAP, gaps)
+                if why == FULL and state[0].gaps + len(slots) >= len(gaps):
+                    gaps = rows(2 * len(gaps), GAP, gaps)
+                elif why == FULL:
+                    size, steps = 2 * size, rows(2 * len(steps), STEP, steps)
             if why == REFUSED:  # says what is too much
                 self._cost.step(*(int(steps[state[0].steps % len(steps)][name]) for name in list(STEP_COLUMNS)[3:8]))
             if why == LATE:

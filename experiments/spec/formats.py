@@ -9,7 +9,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,31 +18,16 @@ import numpy as np
 import pandas as pd
 
 from experiments.records.errors import SpecError
+from experiments.spec.shapes import SHAPES, SUMMED, Columns, pick, plain
 
-SHAPES = (  # columns or keys: prompt tokens, output tokens, what else must be there; start times; seconds in their unit
-    ("num_prefill_tokens num_decode_tokens", "arrived_at", 1),  # Sarathi-Serve, Vidur
-    ("request_num_prefill_tokens request_num_decode_tokens", "", 1),  # what their simulators write
-    ("input_lens output_lens", "start_times", 1),  # vllm bench serve, SGLang
-    ("context_tokens generated_tokens", "timestamp", 1),  # Azure
-    ("request_tokens response_tokens", "timestamp", 1),  # BurstGPT
-    ("input_length output_length chat_id", "timestamp", 1),  # Qwen-Bailian
-    ("input_length output_length", "timestamp", 1e-3),  # Mooncake; AIPerf and Dynamo take its form
-    ("input_sequence_length output_sequence_length", "request_start_ns", 1e-9),  # AIPerf
-    ("prompt_tokens output_tokens", "request_start_time", 1),  # GuideLLM
-    ("prompt_tokens completion_tokens", "start_time", 1),  # OpenAI's usage, LiteLLM
-    ("prompt_tokens generation_tokens", "launch_time", 1),  # vLLM production stack
-    ("input_tokens output_tokens", "start_time", 1),  # inference-perf, OpenTelemetry, Anthropic's usage
-    ("number_input_tokens number_output_tokens", "", 1),  # LLMPerf
-    ("prompt_size token_size", "arrival_timestamp", 1),  # SplitwiseSim
-    ("prompt_len output_len", "", 1),
-    ("isl osl", "", 1),
-)
-STARTS = ("arrived_at", "arrival_time", "start_time", "timestamp", "created", "created_at")  # where a shape has no other
 ERRORS = {"error", "errors", "errorcode", "errormessage"}
 FINE = {"", "none", "null", "nan", "0", "0.0", "false", "ok", "[]", "{}"}  # what they say of a request that went well
 UNFINISHED = {"errored", "incomplete"}  # GuideLLM's lists of requests that did not end well
+APART = {"cachereadinputtokens", "cachecreationinputtokens"}  # Anthropic's usage counts them beside input_tokens
 MEANS = (  # of a summary: prompt tokens, output tokens, of how many requests they are the sum
     ("total_input_tokens", "total_output_tokens", "completed"),  # vllm bench serve, SGLang
+    ("Total input tokens", "Total generated tokens", "Successful requests"),  # what they print
+    ("input_tokens", "output_tokens", SUMMED),  # OpenAI's usage of an organization
     ("input_sequence_length.avg", "output_sequence_length.avg", ""),  # AIPerf, GenAI-Perf
     ("metrics.prompt_token_count.successful.mean", "metrics.output_token_count.successful.mean", ""),  # GuideLLM
     ("results_number_input_tokens_mean", "results_number_output_tokens_mean", ""),  # LLMPerf
@@ -62,19 +48,12 @@ LONE = re.compile(
     r"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w"
 )  # half of a character, cut off in JSON
 MOST_RUNS = 1000  # how far something with requests is looked for in a list of something else
-
-
-class Columns(NamedTuple):
-    """The columns of a shape as the file names them, and the seconds in the unit of its start times."""
-
-    prompt: str
-    output: str
-    start: str | None
-    unit: float
+MOST_LINES = 20  # how far a header is looked for, behind a comment or Excel's sep=;
+csv.field_size_limit(2**31 - 1)  # a field may hold all texts of a run
 
 
 class Found(NamedTuple):
-    """The requests of a run, the seconds that it took where that is known."""
+    """The requests of a run, and what else the file tells of it; the seconds that it took are its `duration`."""
 
     requests: pd.DataFrame
     columns: Columns
@@ -102,40 +81,17 @@ def _text(data: bytes) -> str:
         except (EOFError, OSError, zlib.error) as error:
             raise SpecError(f"cut off or damaged gzip ({error}); fetch it again") from None
     for start, what in NO_TEXT.items():
-        if data.startswith(start):
+        if data[:99].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(start):
             raise SpecError(f"got {what}")
     try:
         return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SpecError(f"cannot be read: not text in UTF-8 (byte {error.start}); CSV or JSON is expected") from None
-
-
-def _plain(name: str) -> str:
-    """A column's or key's name without case, punctuation, and the keys above it; AIPerf keeps values under `value`."""
-    return re.sub("[^a-z0-9]", "", name.removesuffix(".value").rpartition(".")[2].lower())
-
-
-def _pick(names: Iterable[str]) -> Columns | None:
-    """The columns of the first shape that is there. Raises SpecError where one is there twice."""
-    at: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda name: name.count(".")):
-        at.setdefault(_plain(name), []).append(name)
-    for needed, start, unit in SHAPES:
-        keys = [_plain(name) for name in needed.split()]
-        if not all(key in at for key in keys):
-            continue
-        for same in (at[key] for key in keys[:2]):
-            if len({name.count(".") for name in same[:2]}) < len(same[:2]):
-                raise SpecError(f"got two columns {same[0]}; allowed: one of each name; rename the other")
-        starts = [name for name in (start, *STARTS) if _plain(name) in at]
-        first = at[_plain(starts[0])][0] if starts else None
-        return Columns(at[keys[0]][0], at[keys[1]][0], first, unit if starts[:1] == [start] else 1)
-    return None
+        raise SpecError(f"cannot be read: not text in UTF-8 (byte {error.start}); CSV or JSON in it is expected") from None
 
 
 def _from_csv(text: str) -> list[Found]:
-    """A table with a header, separated by what its first line has most of. Rows count as lines do, the first is 1."""
-    separator = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    """A table with a header. Rows count as lines do, the first is 1."""
+    separator, text = _separated(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     lines = ((reader.line_num, fields) for fields in reader if any(fields))
     try:
@@ -145,12 +101,17 @@ def _from_csv(text: str) -> list[Found]:
         first = next(lines, (0, header))
         if len(first[1]) == len(header) + 1:  # a separator ends each row, or a name begins it, or a comma parts thousands
             header = [*header, ""] if not first[1][-1] else header if separator == "," else ["", *header]
-        columns = _pick(header)
+        columns = pick(header)
         if columns is None:
-            _refuse([dict(zip(header, fields, strict=False)) for _, fields in chain([first], islice(lines, MOST_RUNS))])
+            if len(header) == 1 and header[0].endswith(":"):
+                raise SpecError("got YAML; save it as JSON, as GuideLLM does with --output kind=json")
+            seen = [fields for _, fields in chain([first], islice(lines, MOST_LINES))]
+            _refuse([*(dict(zip(header, fields, strict=False)) for fields in seen), *_printed(text, header, seen)])
         if not first[0]:
             raise SpecError("got a header without rows; allowed: at least one request")
         prompt, output = header.index(columns.prompt), header.index(columns.output)
+        if "".join(first[1][prompt : prompt + 1]).startswith("["):  # a run in each row, as vllm bench sweep has it
+            return list(_runs([dict(zip(header, map(_cell, fields), strict=False)) for _, fields in chain([first], lines)]))
         start = header.index(columns.start) if columns.start else None
         rows: list[tuple[object, ...]] = []
         for line, fields in chain([first], lines):
@@ -163,6 +124,32 @@ def _from_csv(text: str) -> list[Found]:
     if len(fields) < len(header) and not text.endswith(("\n", "\r")):
         raise SpecError(f"cut off in row {line}: got {len(fields)} of {len(header)} fields; fetch it again, or delete that row")
     return [Found(pd.DataFrame(rows, columns=REQUEST, dtype=object), columns)]
+
+
+def _separated(text: str) -> tuple[str, str]:
+    """What separates the fields of a table, and its text from the header on; the lines before it are empty."""
+    for line in islice(re.finditer(r"[^\r\n]+", text), MOST_LINES):
+        if marks := [mark for mark in ",;\t| " if pick(line[0].split(mark))]:
+            return marks[0], "\n" * len(text[: line.start()].splitlines()) + text[line.start() :]
+        if not line[0].startswith(("#", "sep=")):
+            break
+    return max(",;\t|", key=text.lstrip().partition("\n")[0].count), text
+
+
+def _cell(text: str) -> Any:
+    """A list where a field of a table holds one."""
+    with suppress(ValueError):
+        return json.loads(text) if text.startswith("[") else text
+    return text
+
+
+def _printed(text: str, header: Sequence[str], seen: Iterable[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """The means that a client printed, as keys; those of AIPerf's and GenAI-Perf's tables, which have a row for each metric."""
+    yield dict(re.findall(r"^(Successful requests|Total \w+ tokens):\s+(\d+)\s*$", text, re.M))
+    if header[0] == "Metric":
+        names = [re.sub(r" \(.*", "", name).lower().replace(" ", "_") for name, *_ in seen]
+        values = ((value.replace(",", "") for value in own) for _, *own in seen)
+        yield {name: dict(zip(header[1:], own, strict=False)) for name, own in zip(names, values, strict=True)}
 
 
 def _from_json(text: str) -> list[Found]:
@@ -194,7 +181,7 @@ def _runs(node: Any, trouble: str = "") -> Iterator[Found]:
     """The runs at any depth of what JSON holds: a list of requests, or lists of equal length, a value for each request."""
     if isinstance(node, list):
         table = pd.json_normalize([one for one in node if isinstance(one, dict)])
-        columns = _pick(map(str, table.columns))
+        columns = pick(map(str, table.columns))
         if columns and not any(isinstance(one, list) for one in table[columns.prompt]):
             yield Found(_requests(table, columns, trouble), columns)
             return
@@ -207,7 +194,7 @@ def _runs(node: Any, trouble: str = "") -> Iterator[Found]:
                 yield found
     elif isinstance(node, dict):
         lists = {key: value for key, value in node.items() if isinstance(value, list)}
-        if columns := _pick(lists):
+        if columns := pick(lists):
             counts = [len(lists[name]) for name in columns[:2]]
             if counts[0] != counts[1]:
                 told = f"{columns.prompt}, {columns.output}: got {counts[0]} and {counts[1]} values"
@@ -225,9 +212,12 @@ def _requests(table: pd.DataFrame, columns: Columns, trouble: str) -> pd.DataFra
     """A run's requests in the columns REQUEST; those of which it tells an error failed."""
     said = pd.Series("", index=table.index, dtype=object)
     for name in table.columns:
-        if _plain(name.partition(".")[0]) in ERRORS:
+        if plain(name.partition(".")[0]) in ERRORS:
             text = table[name].map(str).astype(object)
             said = said.mask((said == "") & ~text.str.strip().str.lower().isin(FINE), text)
+    if more := [name for name in table.columns if plain(name) in APART and plain(columns.prompt) == "inputtokens"]:
+        whole = table[[columns.prompt, *more]].apply(pd.to_numeric, errors="coerce").sum(axis=1, min_count=1)
+        table = table.assign(**{columns.prompt: whole})
     values = (range(1, len(table) + 1), *(table.get(name) for name in (*columns[:3], "hash_ids")))
     troubles = np.where(said == "", trouble, "failed")
     return pd.DataFrame(dict(zip(REQUEST, (*values, troubles, said), strict=True)), index=table.index, dtype=object)
@@ -237,29 +227,45 @@ def _refuse(every: list[Any]) -> NoReturn:
     """Raises SpecError for what holds no requests: what it is instead, and the way on."""
     names: dict[str, str] = {}
     for one in islice(_objects(every), MOST_RUNS):
-        names |= {_plain(name): name for name in one}
+        names |= {plain(name): name for name in one}
         for prompt, output, count in MEANS:
             tokens = [number_at(one, prompt), number_at(one, output)]
-            requests = number_at(one, count) if count else 1.0
-            if requests == 0:
-                raise SpecError("got a run in which every request failed; its server's log says why; run it again")
-            if all(0 < number < math.inf for number in (*tokens, requests)):
-                means = [max(round(number / requests), 1) for number in tokens]
+            many = number_at(one, count) if count else 1.0
+            if many == 0:
+                raise all_failed()
+            if all(0 < number < math.inf for number in (*tokens, many)):
+                means = [max(round(number / many), 1) for number in tokens]
                 told = f"got a summary, {means[0]} and {means[1]} tokens at the mean, without its requests: {DETAILS}"
                 raise SpecError(f"{told}; or have all alike: TRACE={means[0]}/{means[1]}")
+    requests = every[0] if len(every) == 1 and isinstance(every[0], list) else every
+    if all(said := [_said(one) if isinstance(one, dict) else "" for one in requests]) and said:
+        raise all_failed(said[0])
     if texts := [name for key, name in names.items() if key in TEXTS]:
         raise SpecError(f"got texts ({', '.join(texts)[:60]}) without both numbers of tokens: {COUNTED}")
     if {"avg", "mean", "p50", "p99"} & set(names):
         raise SpecError(f"got a summary without its requests: {DETAILS}")
-    for needed, _, _ in SHAPES:
-        there = [_plain(name) in names for name in needed.split()]
+    found = [[names.get(plain(name), "") for name in needed.split()] for needed, _, _ in SHAPES]
+    if both := next(filter(all, found), None):
+        raise SpecError(f"got {' and '.join(both)}, but in no request both; allowed: a list of requests, or a list of each")
+    for (needed, _, _), there in zip(SHAPES, found, strict=True):
         if len(there) == 2 and any(there):
-            has, lacks = needed.split()[:: 1 if there[0] else -1]
-            raise SpecError(f"got {names[_plain(has)]} without {lacks}; allowed: both, a number of tokens in each request")
+            lacks = needed.split()[1 if there[0] else 0]
+            raise SpecError(f"got {''.join(there)} without {lacks}; allowed: both, a number of tokens in each request")
     told = ", ".join(names.values())[:60] or "nothing with a name"
-    raise SpecError(
-        f"got {told!r}; allowed: columns or keys such as num_prefill_tokens and num_decode_tokens; docs/workload.md has all"
-    )
+    allowed = "columns or keys such as num_prefill_tokens and num_decode_tokens; docs/workload.md has all"
+    raise SpecError(f"got {told!r}; allowed: {allowed}; or have all requests alike: TRACE=512/128")
+
+
+def _said(request: dict[str, Any]) -> str:
+    """The error that it tells, if any."""
+    told = (str(value) for key, value in request.items() if plain(key) in ERRORS and not isinstance(value, int | list))
+    return next((text for text in told if text.strip().lower() not in FINE), "")
+
+
+def all_failed(said: str = "") -> SpecError:
+    """The error for a run without any request that ended well, and what was said of the first."""
+    first = f", the first with {said[:60]!r}" if said else ""
+    return SpecError(f"got a run in which every request failed{first}; its server's log says why; run it again")
 
 
 def _objects(node: Any) -> Iterator[dict[str, Any]]:

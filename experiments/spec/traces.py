@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.records.errors import SpecError
-from experiments.spec.formats import find_requests, number_at
+from experiments.spec.formats import all_failed, find_requests, number_at
 
 MAX_TOKENS = 10_000_000  # of one request; far above any model, far below where float64 would blur the cut
 FIXED = 32768  # requests of a trace in which all are alike; as many as the longest trial of make recommend draws
@@ -99,6 +99,19 @@ def _numbers(column: pd.Series[Any]) -> pd.Series[float]:
     return numbers.where(np.isfinite(numbers))
 
 
+def _tokens(requests: pd.DataFrame) -> list[pd.Series[float]]:
+    """Prompt and output tokens as numbers. Dots part thousands where there are three digits behind each, and not in all."""
+    sides = [requests["prompt"], requests["output"]]
+    found = [_numbers(side) for side in sides]
+    if any((side % 1 > 0).any() for side in found):
+        text = pd.concat(sides).map(str).str.strip()
+        dotted = text.str.contains(".", regex=False)
+        grouped = text[dotted].str.fullmatch(r"\d{1,3}(\.\d{3})+").all() and not text[~dotted].str.contains(r"\d{4}").any()
+        if grouped and text[~dotted].str.fullmatch(r"\d{1,3}").any():
+            return [_numbers(side.map(str).str.replace(".", "", regex=False)) for side in sides]
+    return found
+
+
 def _arrivals(use: pd.DataFrame, unit: float) -> tuple[Times | None, str]:
     """Seconds from the first start, shape (requests,), in the file's order; or None, and the reason where there is one."""
     if use["start"].isna().all():
@@ -110,7 +123,8 @@ def _arrivals(use: pd.DataFrame, unit: float) -> tuple[Times | None, str]:
     unit = next((seconds for least, seconds in EPOCHS if times.median() > least), unit)
     if (lost := times.isna()).any():
         row, said = use[lost].iloc[0][["row", "start"]]
-        return None, f"no arrivals: {lost.sum():,} start times cannot be read, first in row {row}: {str(said)[:40]!r}"
+        unread = f"{lost.sum():,} start times cannot be read, as seconds or ISO 8601 are"
+        return None, f"no arrivals: {unread}, first in row {row}: {str(said)[:40]!r}"
     if times.min() == times.max():
         return None, "no arrivals: all start at once"
     return np.asarray((times - times.min()) * unit, np.float64), ""
@@ -141,7 +155,7 @@ def _trace(name: str, data: bytes, max_total: int | None, kind: Kind) -> Trace:
     if arrivals is not None:
         order = np.argsort(arrivals, kind="stable")
         use, arrivals = use.iloc[order], arrivals[order]
-    prompt, output = (_numbers(use[side]).to_numpy().astype(np.int64) for side in ("prompt", "output"))
+    prompt, output = (use[side].to_numpy().astype(np.int64) for side in ("prompt", "output"))
     seconds = sum(number_at(run.seconds) for run in ended)
     if kind == "file":
         notes = ["read from " + ", ".join(filter(None, columns[:3])), *filter(None, [reason]), *notes]
@@ -150,8 +164,8 @@ def _trace(name: str, data: bytes, max_total: int | None, kind: Kind) -> Trace:
 
 
 def _usable(every: pd.DataFrame, limit: int) -> tuple[pd.DataFrame, list[str]]:
-    """The requests that can be used, and what the others are. Raises SpecError where those are more than half."""
-    prompt, output = _numbers(every["prompt"]), _numbers(every["output"])
+    """Those that can be used, tokens as numbers, and what the others are. Raises SpecError where these are more than half."""
+    prompt, output = _tokens(every)
     bad: dict[str, pd.Series[bool]] = {what: every["trouble"] == what for what in every["trouble"].unique() if what}
     bad |= {
         "without a number of tokens": prompt.isna() | output.isna(),
@@ -170,9 +184,7 @@ def _usable(every: pd.DataFrame, limit: int) -> tuple[pd.DataFrame, list[str]]:
             told.append(f"{len(places):,} ({100 * len(places) / len(every):.3g} %) {what}, first in row {one['row']}: {said!r}")
     lost = np.count_nonzero(which)
     if (which == 1).all() and next(iter(bad)) == "failed":
-        raise SpecError(
-            f"got a run in which every request failed, the first with {said!r}; its server's log says why; run it again"
-        )
+        raise all_failed(said)
     if 2 * lost > len(every):
         raise SpecError(f"got {len(every):,} requests, of which {'; '.join(told)}; allowed: at most half that cannot be used")
-    return every[which == 0], ["left out: " + "; ".join(told)] if told else []
+    return every.assign(prompt=prompt, output=output)[which == 0], ["left out: " + "; ".join(told)] if told else []

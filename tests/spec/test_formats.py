@@ -96,6 +96,7 @@ TIMED = {
     "production stack": table(
         ",prompt_tokens,generation_tokens,launch_time", "0,{p},{o},{t}", "17e8", "1700000000.5", "1700000002"
     ),
+    "vllm's own": table("num_prompt_tokens,num_generation_tokens,arrival_time", "{p},{o},{t}", "1", "1.5", "3"),
     "epoch in ms": table("created_at,isl,osl", "{t},{p},{o}", "1700000000000", "1700000000500", "1700000002000"),
     "unsorted": "time_stamp,arrived_at,isl,osl\n,9,300,1\n,7,100,20\n,7.5,200,30\n",
     "mooncake": lines(*({"timestamp": 1000 * t, "input_length": p, "output_length": o, "hash_ids": [0]} for t, p, o in THREE)),
@@ -132,6 +133,12 @@ UNTIMED = {
     "vllm bench appended": json.dumps(run(PAIRS[0])) + "\n" + json.dumps(run(*PAIRS[1:])),
     "vllm sweep": json.dumps([run(PAIRS[0], start_times=[1]), run(*PAIRS[1:], start_times=[2, 3])]),
     "sglang": lines(run(*PAIRS, backend="sglang", itls=[[0.1], [0.2, 0.3], []])),
+    "vllm sweep, as a table": pd.DataFrame([run(*PAIRS[:2], generated_texts=["a" * 200_000, ""]), run(PAIRS[2])]).to_csv(),
+    "behind a comment and Excel's mark": "# ours\nsep=;\n" + table("input_len;output_len", "{p};{o}"),
+    "separated by spaces": table("prompt_length output_length", "  {p}   {o}"),
+    "anthropic, cached tokens apart": lines(
+        *({"usage": {"input_tokens": p - 5, "cache_read_input_tokens": 5, "output_tokens": o}} for p, o in PAIRS)
+    ),
     "llmperf": json.dumps(
         [{"error_code": None, "number_input_tokens": p, "number_output_tokens": o} for p, o in PAIRS]
         + [{"error_code": 429, "number_input_tokens": 9, "number_output_tokens": 9}]
@@ -233,6 +240,19 @@ def test_a_table_is_read_however_it_is_spelled(
         ),
         (json.dumps({"results_number_input_tokens_mean": 5, "results_number_output_tokens_mean": 6}), ["TRACE=5/6"]),
         ("Metric,avg,min,max\nInput Sequence Length,550,1,2\n", ["a summary without its requests", "profile_export.jsonl"]),
+        (
+            'Metric,avg\nOutput Sequence Length (tokens),15.9\nInput Sequence Length (tokens),"1,550.00"\n\nMetric,Value\n',
+            ["TRACE=1550/16"],
+        ),
+        (
+            "== Result ==\nSuccessful requests:   10   \nTotal input tokens:    5120\nTotal generated tokens:   1280\n",
+            ["a summary, 512 and 128 tokens", "TRACE=512/128"],
+        ),
+        (lines({"data": [{"results": [{"input_tokens": 90, "output_tokens": 9, "num_model_requests": 3}]}]}), ["TRACE=30/3"]),
+        (lines(aiperf(0, 5, 0), aiperf(1, 6, 0)), ["every request failed", "cancelled"]),
+        (lines({"prompt_tokens": {"0": 5}, "completion_tokens": {"0": 7}}), ["prompt_tokens and completion_tokens", "a list"]),
+        ("benchmarks:\n- config: {}\n", ["got YAML", "save it as JSON"]),
+        (" \r\n<html>", ["a web page"]),
         (json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]), ["texts (conversations)", "counts"]),
         (lines({"prompt": "hello", "output_tokens": 5}), ["texts (prompt)", "vllm bench serve"]),
     ],
@@ -246,3 +266,12 @@ def test_half_a_character_is_no_matter() -> None:
     one, whole = {"input_lens": [5] * 4, "output_lens": [7] * 4}, "\U0001f600 \\ud83d"
     trace = read(json.dumps(one | {"errors": ["", "cut \ud83d", whole, ""]}))
     assert trace.notes[-1] == "left out: 2 (50 %) failed, first in row 2: 'cut \ufffd'"
+
+
+def test_dots_may_part_thousands() -> None:
+    """Where each has three digits behind it and smaller numbers have none; those of means are decimal points."""
+    header = "prompt_len;output_len\n"
+    trace = read(header + "1.234;10\n2.000;999\n7;1.000\n")
+    assert list(zip(trace.prompt.tolist(), trace.output.tolist(), strict=True)) == [(1234, 10), (2000, 999), (7, 1000)]
+    refused(header + "1.234;10.500\n2.000;9.125\n", "of no whole number of tokens")
+    refused(header + "1.234;1000\n1.500;9\n", "of no whole number of tokens")

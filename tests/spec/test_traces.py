@@ -87,7 +87,7 @@ def test_requests_that_are_all_alike() -> None:
 def test_starts_that_cannot_be_used_give_no_arrivals() -> None:
     header = "timestamp,num_prefill_tokens,num_decode_tokens\n"
     for rows, note in [
-        ("1,9,9\nnoon,9,9\n", "no arrivals: 1 start times cannot be read, first in row 3: 'noon'"),
+        ("1,9,9\nnoon,9,9\n", "no arrivals: 1 start times cannot be read, as seconds or ISO 8601 are, first in row 3: 'noon'"),
         ("1,9,9\n1,9,9\n", "no arrivals: all start at once"),
     ]:
         trace = read(header + rows)
