@@ -218,14 +218,19 @@ PY := $(VENV)/bin/python
 SETUP := $(if $(filter cuda,$(ENGINE)),.venv-cuda,.venv)/$(ENGINE).stamp
 ENGINE_PY := $(dir $(SETUP))bin/python
 
+# What the engine is locked for; 3.13 has all that simulation and analysis need.
+ENGINE_PYTHON = $(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(v > (3, 12) and "error: PYTHON: got %d.%d; the engine is locked for 3.11 and 3.12: make clean, then PYTHON=python3.12; simulation works as it is" % v)'
+
 $(VENV)/core.stamp: docker/core.lock
 	@"$$PYTHON" -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: PYTHON: got %d.%d; 3.11 or newer is needed" % v)'
 	@$(LOCK) $(MADE); echo "setup: what simulation and analysis need (about 20 s)" >&2; $(PIP) -r $<; $(DONE)
 
 # torch comes first: its CPU build is not on the ordinary index. The hashes are in the lock either way.
 $(VENV)/cpu.stamp: docker/cpu.lock docker/torch-cpu.lock $(VENV)/core.stamp
+	@$(ENGINE_PYTHON)
 	@$(LOCK) echo "setup: torch and vLLM for the CPU (about 90 s, 1.5 GB of disk)" >&2; \
-	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url "$$TORCH_INDEX" -r docker/torch-cpu.lock; \
+	$(PIP) -r docker/torch-cpu.lock 2>/dev/null || $(PIP) --index-url "$$TORCH_INDEX" -r docker/torch-cpu.lock 2>/dev/null || \
+	{ echo "error: TORCH_INDEX: $$TORCH_INDEX has no $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' docker/torch-cpu.lock) for this Python, or cannot be reached" >&2; exit 2; }; \
 	$(PIP) -r $<; $(DONE)
 
 .venv-cuda/cuda.stamp: docker/cuda.lock $(VENV)/core.stamp

