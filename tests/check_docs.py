@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import all_of, copy_of, paste
 
-JUDGES = re.compile(r"\b(verify|validate|power)\b")  # a noisy machine may make them end with another status: that is an answer
+JUDGES = re.compile(r"\b(verify|validate|power|bench)\b")  # that a noisy machine misses something is an answer of theirs
 
 
 @pytest.fixture(scope="module")

@@ -85,9 +85,9 @@ def all_of(wanted: str) -> list[str]:
 
 
 def copy_of(folder: Path) -> Path:
-    """The project without its history and outputs; its environments are those of this one."""
+    """The project without its outputs; its environments are those of this one."""
     out = {ROOT / "artifacts" / name for name in ("runs", "report", "gpu-check", "calibration/here", "calibration/tables")}
-    kept = [".git", ".venv*", ".image", ".*cache", ".hypothesis", "__pycache__"]
+    kept = [".venv*", ".image", ".*cache", ".hypothesis", "__pycache__"]
 
     def left_out(where: str, names: list[str]) -> set[str]:
         return {name for name in names if Path(where, name) in out or any(fnmatchcase(name, each) for each in kept)}
