@@ -139,3 +139,12 @@ def test_nothing_is_built_for_a_driver_that_is_too_old(gpu: Checkout) -> None:
     done = gpu.make("smoke", environment={"CHOSEN": "gpu-24g"})
     assert "preflight: NVIDIA driver 470.95.05; 580 or newer is needed" in done.stderr
     assert not gpu.ran("build")
+
+
+@pytest.mark.parametrize(("target", "asked"), [("recommend", ["--model=some/Model"]), ("fig9a", [])])
+def test_doctor_chooses_for_the_model_on_which_advice_is_asked(gpu: Checkout, target: str, asked: list[str]) -> None:
+    done = gpu.make(target, "IN=host", "MODEL=some/Model", environment={"CHOSEN": "gpu"})
+    assert done.returncode == 0, done.stderr
+    (call,) = [call for call in gpu.calls() if "--choose" in call]
+    assert [word for word in call if word.startswith("--model")] == asked
+    assert ".venv-cuda/cuda.stamp" in gpu.stamps()

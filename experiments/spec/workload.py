@@ -12,6 +12,7 @@ import random
 import sys
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -150,16 +151,23 @@ def synthetic_trace(count: int = 30731, seed: int = 2024) -> Trace:
 def choose_trace(trace_file: str | None, fetched: Path = FETCHED, max_total: int | None = None) -> Trace:
     """The user's file if one is given, else the fetched trace if there, else a synthetic.
 
-    max_total: what the model allows for prompt + output; longer requests in the user's file are left out. Raises SpecError.
+    max_total: what the model allows for prompt + output; longer requests in the user's file are left out, others are cut, see
+    trace_lengths, and the share is noted. Raises SpecError.
     """
     if trace_file:
         return read_trace(Path(trace_file), max_total)
     if not fetched.is_file():
-        return synthetic_trace()
+        return _noting_cuts(synthetic_trace(), max_total)
     digest, expected = sha256(fetched.read_bytes()).hexdigest(), read_spec(SOURCE, TraceSource).sha256
     if digest != expected:
         raise SpecError(f"{fetched}: sha256: got {digest}; allowed: {expected}; delete it, then fetch the trace again")
-    return read_trace(fetched, kind="fetched")
+    return _noting_cuts(read_trace(fetched, kind="fetched"), max_total)
+
+
+def _noting_cuts(trace: Trace, max_total: int | None) -> Trace:
+    if not max_total or not (share := float(np.mean(trace.prompt + trace.output > max_total))):
+        return trace
+    return replace(trace, notes=(*trace.notes, f"{share:.0%} of them cut to {max_total:,} tokens"))
 
 
 def fetch_trace(spec_yaml: Path = SOURCE, target: Path = FETCHED) -> None:

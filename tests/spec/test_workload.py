@@ -442,3 +442,12 @@ def test_a_trial_drawn_again_differs_from_the_trace_as_another_trace_would() -> 
     means = [workload.trace_lengths(trace, 1000, seed, 8192, Traffic(again=True))[0].mean() for seed in range(400)]
     assert np.mean(means) == pytest.approx(13.0, abs=0.25)
     assert np.std(means) == pytest.approx(trace.prompt.std() * math.sqrt(1 / 25 + 1 / 1000), rel=0.12)
+
+
+def test_a_trace_that_is_longer_than_asked_for_says_how_much_is_cut(tmp_path: Path) -> None:
+    none = tmp_path / "none.csv"
+    told = {most: traces.describe_trace(workload.choose_trace(None, none, most)) for most in (None, 8192, 2048)}
+    assert told[None] == told[8192]
+    trace = workload.synthetic_trace()
+    share = np.mean(trace.prompt + trace.output > 2048)
+    assert told[2048] == f"{told[None]}; {share:.0%} of them cut to 2,048 tokens"
