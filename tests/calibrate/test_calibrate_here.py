@@ -255,7 +255,7 @@ def test_what_was_calibrated_on_a_gpu_can_be_simulated(
         return contextmanager(lambda: iter([[partial(_call, engine)]]))()
 
     monkeypatch.setattr(calibrate_here, "engines", stand_in)
-    monkeypatch.setattr(calibrate_here, "environment_here", lambda _settings: {})  # this machine has no GPU
+    monkeypatch.setattr(calibrate_here, "environment_here", lambda *_: {})  # this machine has no GPU
     settings, decoding = calibrate_here.settings_of(bed)[bed.models[model]]
     found = load_calibration(str(calibrate_here.calibrate(settings, decoding, testbed, tmp_path)))
     assert found.kv_blocks == blocks
