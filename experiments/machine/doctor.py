@@ -162,8 +162,7 @@ def lacks(testbed: Testbed) -> str:
     engine = DISTRIBUTIONS.get(testbed.platform)
     others = [name for name in DISTRIBUTIONS.values() if name != engine and installed(name)]
     if engine and not installed(engine):
-        target = "cuda" if testbed.platform == "cuda" else "cpu"
-        image = f"image lacks: make TARGET={target}, or use another"
+        image = f"image lacks: make TARGET={testbed.platform}, or use another"
         host = f"environment lacks: make setup TESTBED={testbed.testbed}"
         return f"needs {engine}, which this {image if os.environ.get('ARTIFACT_BASE') else host}"
     if engine and others:

@@ -41,7 +41,8 @@ NO_TEXT = {  # how a file begins that is none of these
     b"\xfd7zXZ": "an xz archive; unpack it with unxz",
     b"<": "a web page; fetch the file that it shows",
 }
-DETAILS = "vllm bench serve --save-result --save-detailed, SGLang's --output-details, AIPerf's profile_export.jsonl have them"
+DETAILS = "vllm bench serve --save-result --save-detailed, SGLang's --output-details, AIPerf's profile_export.jsonl, "
+DETAILS += "GuideLLM's JSON have them"
 COUNTED = "vllm bench serve --dataset-path FILE --save-result --save-detailed counts them, and its result is read here"
 REQUEST = ("row", "prompt", "output", "start", "hashes", "trouble", "said")  # one as the file has it, in the columns of a frame
 LONE = re.compile(
@@ -53,12 +54,11 @@ csv.field_size_limit(2**31 - 1)  # a field may hold all texts of a run
 
 
 class Found(NamedTuple):
-    """The requests of a run, and what else the file tells of it; the seconds that it took are its `duration`."""
+    """The requests of a run."""
 
     requests: pd.DataFrame
     columns: Columns
-    seconds: Any = None
-    node: Any = None  # what else the file tells of the run
+    node: Any = None  # what else the file tells of the run, such as its `duration` in seconds
 
 
 def find_requests(data: bytes) -> list[Found]:
@@ -202,7 +202,7 @@ def _runs(node: Any, trouble: str = "") -> Iterator[Found]:
             if node.get("request_rate") in ("inf", math.inf):
                 columns = columns._replace(start=None)  # all were sent at once: their starts are of no traffic
             even = {key: pd.Series(value, dtype=object) for key, value in lists.items() if len(value) == counts[0]}
-            yield Found(_requests(pd.DataFrame(even), columns, trouble), columns, node.get("duration"), node)
+            yield Found(_requests(pd.DataFrame(even), columns, trouble), columns, node)
         else:
             for key, value in node.items():
                 yield from _runs(value, "failed" if key in UNFINISHED else trouble)
@@ -242,7 +242,7 @@ def _refuse(every: list[Any]) -> NoReturn:
         raise all_failed(said[0])
     if texts := [name for key, name in names.items() if key in TEXTS]:
         raise SpecError(f"got texts ({', '.join(texts)[:60]}) without both numbers of tokens: {COUNTED}")
-    if {"avg", "mean", "p50", "p99"} & set(names):
+    if {"avg", "mean", "p50", "p99", "tokenmetrics"} & set(names):  # the last as in GuideLLM's table
         raise SpecError(f"got a summary without its requests: {DETAILS}")
     found = [[names.get(plain(name), "") for name in needed.split()] for needed, _, _ in SHAPES]
     if both := next(filter(all, found), None):

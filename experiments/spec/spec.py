@@ -271,14 +271,8 @@ def load_testbed(name: str) -> Testbed:
 
 
 FILLED = ("num_key_value_heads", "head_dim")  # null stands for their default
-NEEDED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
+NEEDED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+NEEDED += ["vocab_size", "max_position_embeddings"]
 
 
 def model_path(name: str) -> Path:
@@ -299,9 +293,8 @@ def load_model(name: str) -> dict[str, Any]:
         config = json.loads(path.read_text())
         found = {key: value for key, value in config.items() if key != "_source" and (value is not None or key not in FILLED)}
     except (OSError, ValueError, AttributeError) as error:
-        raise SpecError(
-            f"{path}: not the config.json of a model: {error}; allowed: a JSON object as Hugging Face has it"
-        ) from None
+        allowed = "a JSON object as Hugging Face has it"
+        raise SpecError(f"{path}: not the config.json of a model: {error}; allowed: {allowed}") from None
     for key in NEEDED:
         if type(value := found.get(key)) is not int or value < 1:
             came = "none" if value is None else repr(value)[:60]

@@ -147,24 +147,23 @@ def _cached(use: pd.DataFrame, prompt: Lengths) -> float | None:
 def _trace(name: str, data: bytes, max_total: int | None, kind: Kind) -> Trace:
     runs = find_requests(data)
     every = pd.concat([run.requests for run in runs], ignore_index=True)
-    use, notes = _usable(every, max_total or MAX_TOKENS)
+    use, prompt, output, notes = _usable(every, max_total or MAX_TOKENS)
     columns, ended = runs[0].columns, [run for run in runs if not (run.requests["trouble"] == "failed").all()]
     arrivals, reason = _arrivals(use, columns.unit)
     if len(ended) > 1 and arrivals is not None:
         arrivals, reason = None, f"no arrivals: {len(ended)} runs in it, one after the other"
     if arrivals is not None:
         order = np.argsort(arrivals, kind="stable")
-        use, arrivals = use.iloc[order], arrivals[order]
-    prompt, output = (use[side].to_numpy().astype(np.int64) for side in ("prompt", "output"))
-    seconds = sum(number_at(run.seconds) for run in ended)
+        use, prompt, output, arrivals = use.iloc[order], prompt[order], output[order], arrivals[order]
+    seconds = sum(number_at(run.node, "duration") for run in ended)
     if kind == "file":
         notes = ["read from " + ", ".join(filter(None, columns[:3])), *filter(None, [reason]), *notes]
     known = seconds if 0 < seconds < math.inf else None
     return Trace(name, sha256(data).hexdigest(), prompt, output, kind, known, arrivals, _cached(use, prompt), tuple(notes))
 
 
-def _usable(every: pd.DataFrame, limit: int) -> tuple[pd.DataFrame, list[str]]:
-    """Those that can be used, tokens as numbers, and what the others are. Raises SpecError where these are more than half."""
+def _usable(every: pd.DataFrame, limit: int) -> tuple[pd.DataFrame, Lengths, Lengths, list[str]]:
+    """Those that can be used, their tokens, and what the others are. Raises SpecError where these are more than half."""
     prompt, output = _tokens(every)
     bad: dict[str, pd.Series[bool]] = {what: every["trouble"] == what for what in every["trouble"].unique() if what}
     bad |= {
@@ -187,4 +186,5 @@ def _usable(every: pd.DataFrame, limit: int) -> tuple[pd.DataFrame, list[str]]:
         raise all_failed(said)
     if 2 * lost > len(every):
         raise SpecError(f"got {len(every):,} requests, of which {'; '.join(told)}; allowed: at most half that cannot be used")
-    return every.assign(prompt=prompt, output=output)[which == 0], ["left out: " + "; ".join(told)] if told else []
+    lengths = (side[which == 0].to_numpy().astype(np.int64) for side in (prompt, output))
+    return every[which == 0], *lengths, ["left out: " + "; ".join(told)] if told else []

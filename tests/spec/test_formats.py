@@ -240,6 +240,7 @@ def test_a_table_is_read_however_it_is_spelled(
         ),
         (json.dumps({"results_number_input_tokens_mean": 5, "results_number_output_tokens_mean": 6}), ["TRACE=5/6"]),
         ("Metric,avg,min,max\nInput Sequence Length,550,1,2\n", ["a summary without its requests", "profile_export.jsonl"]),
+        ("Run Info,Token Metrics\nRun ID,Input Tokens\n,Successful Mean\na,550\n", ["a summary without", "GuideLLM's JSON"]),
         (
             'Metric,avg\nOutput Sequence Length (tokens),15.9\nInput Sequence Length (tokens),"1,550.00"\n\nMetric,Value\n',
             ["TRACE=1550/16"],
