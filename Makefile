@@ -113,9 +113,7 @@ PLATFORM := $(shell test ! -f $(call QUOTED,$(TESTBED_FILE)) || \
 	sed -n 's/^platform: *["'\'']*\([a-z]*\).*/\1/p' -- $(call QUOTED,$(TESTBED_FILE)) 2>/dev/null)
 # Without a GPU the engine of a cuda testbed runs on other nodes of the cluster; the driver needs Ray, not CUDA.
 ENGINE := $(if $(CHOOSING),core,$(or $(filter cpu cuda,$(PLATFORM)),$(if $(filter auto,$(TESTBED)),$(if $(HAS_GPU),cuda,cpu),core)))
-ifneq ($(and $(RAY_ADDRESS),$(if $(HAS_GPU),,1)),)
-ENGINE := $(ENGINE:cuda=cpu)
-endif
+ENGINE := $(if $(and $(RAY_ADDRESS),$(if $(HAS_GPU),,1)),$(ENGINE:cuda=cpu),$(ENGINE))
 $(call ONE_OF,IN,docker host,$(IN))
 SAY = $(strip $(if $(call IS_ON,QUIET),--quiet) $(if $(call IS_ON,JSON),--json))
 # A GPU that is not here, by its kernel tables; what is asked of an engine here as well.
@@ -250,19 +248,15 @@ doctor: $(VENV)/core.stamp ## each testbed: can this machine run it, and if not,
 
 plan: $(if $(RAY_ADDRESS),$(SETUP),$(VENV)/core.stamp) ## sessions, trials, schedule, minutes and disk of FIGURE; starts nothing {FIGURE TESTBED REPLICATES TRACE OUT RAY_ADDRESS RAY_AUTH_TOKEN}
 	@$(if $(RAY_ADDRESS),$(ENGINE_PY),$(PY)) $(RUN) $(PLANNED) --plan -- "$$FIGURE"
-	@$(if $(call IS_ON,JSON),:,$(PY) -m analysis.advise.power --testbed="$$TESTBED" --out="$$OUT" \
-		$(if $(REPLICATES),--replicates="$$REPLICATES") $(WITH_TRACE) $(SAY) -- "$$FIGURE")
+	@$(if $(call IS_ON,JSON),:,$(PY) -m analysis.advise.power --testbed="$$TESTBED" --out="$$OUT" $(PLANNED) $(SAY) -- "$$FIGURE")
 
 power: $(VENV)/core.stamp ## which replicates and seconds make all claims of fig9b PASS on this machine, by simulation {TESTBED TRACE OUT}
 	@$(PY) -m analysis.advise.power --search --testbed="$$TESTBED" --out="$$OUT" $(WITH_TRACE) $(SAY) -- fig9b
 
 smoke: setup ## set up, then the smallest real run of the whole path, under 2 minutes {TESTBED REPLICATES TRACE OUT RAY_ADDRESS RAY_AUTH_TOKEN}
-	$(MEASURE)
-
 fig9a: setup ## Figure 9a, chunking overhead: run or resume, seal, print the table {TESTBED REPLICATES TRACE OUT RAY_ADDRESS RAY_AUTH_TOKEN}
-	$(MEASURE)
-
 fig9b: setup ## Figure 9b, latency against throughput: run or resume, seal, print the table {TESTBED REPLICATES TRACE OUT RAY_ADDRESS RAY_AUTH_TOKEN}
+smoke fig9a fig9b:
 	$(MEASURE)
 
 trace: $(VENV)/core.stamp ## fetch the original's ShareGPT trace for fig9b; without it a synthetic one is used
