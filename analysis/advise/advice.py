@@ -156,7 +156,8 @@ def steady(case: Case, question: Question) -> tuple[Case, Search, Advice]:
 def told_by(case: Case, advice: Advice) -> bool:
     """Whether the interval is an answer; how far off a GPU that is not here may be no trial tells, and is said beside it."""
     seeds = interval(advice.per_seed, 1.0, 1.0, case.sampled)
-    low, high = seeds[1:] if case.calibration.gpu else (advice.low, advice.high)
+    alone = case.calibration.gpu and not case.running
+    low, high = seeds[1:] if alone else (advice.low, advice.high)
     return high <= WIDEST * low
 
 

@@ -24,7 +24,7 @@ from experiments.spec.formats import find_requests, number_at
 
 APART = 1.2  # the least ratio of the highest load to the lowest: of one load alone many scales explain everything
 MOST_FAILED = 0.05  # share of requests without an answer
-WORST = 0.5  # error of a latency beyond which a calibration explains nothing
+WORST = 0.25  # error of a latency beyond which a calibration explains nothing
 SHARES, TAILS = (0.25, 0.5, 0.75, 0.9), (0.5, 0.9, 0.99)  # quantiles of TTFT and of gaps that are compared
 SURER = 3.0  # how much more these weigh: a run has some fifty gaps a request
 START, PRIOR = (1.0, 1e-3, 5e-3), 0.002  # scale, seconds between steps and of a request; how much it weighs to stay near them

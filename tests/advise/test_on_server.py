@@ -160,7 +160,7 @@ def test_a_server_that_no_scale_explains_is_refused(tmp_path: Path, capsys: pyte
     assert ask(tmp_path, *odd) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert "between these runs and calibration known, however it is scaled; allowed: at most 50%" in lines[0]
+    assert "between these runs and calibration known, however it is scaled; allowed: at most 25%" in lines[0]
 
 
 def test_without_a_calibration_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
