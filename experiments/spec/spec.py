@@ -207,9 +207,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -256,18 +255,15 @@ def path_of(name: str, folder: Path) -> Path:
 
 def load_figure(name: str) -> Figure:
     """The figure of that name, or of that YAML path. Raises SpecError."""
-    path = path_of(name, FIGURES)
-    data = read_yaml(path, "FIGURE")
-    kind = data.get("kind", "prefill")
-    if not isinstance(kind, str) or kind not in KINDS:
+    data = read_yaml(path := path_of(name, FIGURES), "FIGURE")
+    if (kind := data.get("kind", "prefill")) not in [*KINDS]:
         raise SpecError(f"{path}: kind: got {kind!r}; allowed: {', '.join(KINDS)}")
     return read_spec(path, KINDS[kind], data)
 
 
 def load_testbed(name: str) -> Testbed:
     """The testbed of that name, or of that YAML path. Raises SpecError."""
-    path = path_of(name, TESTBEDS)
-    return read_spec(path, Testbed, read_yaml(path, "TESTBED"))
+    return read_spec(path := path_of(name, TESTBEDS), Testbed, read_yaml(path, "TESTBED"))
 
 
 FILLED = ("num_key_value_heads", "head_dim")  # null stands for their default
