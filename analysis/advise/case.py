@@ -78,10 +78,13 @@ class Case:
         linear = replace(known.linear, seconds=tuple(s * (more if n < SMALL else 1.0) for n, s in pairs))
         return replace(self, calibration=replace(known, linear=linear))
 
+    def settings_of(self, setting: Setting) -> EngineSettings:
+        """The engine's with that chunk size and batch."""
+        return replace(self.settings, max_budget=setting.budget, max_batch=setting.max_batch)
+
     def memory(self, setting: Setting) -> Memory:
         """Of a GPU that is not here. Raises SpecError where this setting leaves no KV cache."""
-        settings = replace(self.settings, max_budget=setting.budget, max_batch=setting.max_batch)
-        return gpu_memory(settings, self.calibration.device_memory_bytes or 0.0)
+        return gpu_memory(self.settings_of(setting), self.calibration.device_memory_bytes or 0.0)
 
     def fits(self, setting: Setting) -> bool:
         """Whether the memory of a GPU that is not here allows it; elsewhere the engine says."""
@@ -107,9 +110,7 @@ class Case:
 
         @cache
         def engine(setting: Setting, seed: int) -> SimulatedEngine:
-            settings = replace(self.settings, max_batch=setting.max_batch, max_budget=self.settings.max_model_len)
-            blocks = self.memory(setting).blocks if self.calibration.gpu else None
-            return SimulatedEngine(settings, self.calibration, seed, blocks)
+            return SimulatedEngine(self.settings_of(setting), self.calibration, seed)
 
         @cache
         def asked(seed: int) -> Rows:

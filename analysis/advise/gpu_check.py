@@ -26,25 +26,15 @@ import yaml
 from analysis.judge import archive, integrity
 from experiments.engine.engine_process import engines
 from experiments.machine.doctor import choose_testbed
-from experiments.machine.gpus import environment_here, gpu_memory_gib
+from experiments.machine.gpus import environment_here
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT, commit, gpus, machine, sha256
 from experiments.records.record import Phase, Request
 from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, written
-from experiments.simulator.calibration import kv_bytes_per_token
+from experiments.simulator.memory import GIB, gpu_memory
 from experiments.spec.expand import expand
-from experiments.spec.spec import (
-    FIGURES,
-    TESTBEDS,
-    EngineSettings,
-    Testbed,
-    load_figure,
-    load_model,
-    load_testbed,
-    path_of,
-    read_yaml,
-)
+from experiments.spec.spec import FIGURES, TESTBEDS, EngineSettings, Testbed, load_figure, load_testbed, path_of, read_yaml
 
 MODEL = "mistral-7b"
 TOTAL_S, LAST_S, END_S = 900.0, 30.0, 20.0  # of all stages; what is kept for the last one; for a stage to end in when told to
@@ -110,25 +100,21 @@ def _facts(engine: Any) -> dict[str, Any]:
     return dict(engine.facts)
 
 
-def _used_mib() -> list[int]:
-    return [card["used_mib"] for card in gpus()]
-
-
 def engine_stage(folder: Path) -> dict[str, Any]:
     """Load time, cost of waiting, prompts (ms) at chunk sizes that the engine is switched to; on a GPU its memory (GiB), that
     beside the KV cache against our estimate."""
     settings, prompts = asked(folder)
-    before = _used_mib()
+    before = gpus()
     with engines([settings], environment_here(settings)) as (run,):
-        facts, now = run(_facts), _used_mib()
+        facts, now = run(_facts), gpus()
         found = {"facts": facts, "load_s": facts["load_s"], "waiting_us": run(_waiting_us)}
         found["switched_ms"] = {str(budget): run(_prompt_ms, budget, tokens) for budget, tokens in prompts}
     if settings.platform == "cuda":
-        used = max(after - then for then, after in zip(before, now, strict=True)) / 1024  # of the one GPU that it took
-        token = kv_bytes_per_token(load_model(settings.model), settings.tensor_parallel, settings.dtype)
-        cache, needs = facts["kv_blocks"] * facts["block_size"] * token / 2**30, gpu_memory_gib(settings)
-        estimated = sum(needs.values()) - needs["longest request"]
-        found["memory_gib"] = {"used": used, "kv_cache": cache, "beside": used - cache, "estimated": estimated}
+        pairs = zip(before, now, strict=True)  # of which it took one
+        used, size = max((after["used_mib"] - then["used_mib"], after["memory_mib"]) for then, after in pairs)
+        memory = gpu_memory(settings, size * 2**20)
+        used, cache = used / 1024, facts["kv_blocks"] * facts["block_size"] * memory.per_token / GIB
+        found["memory_gib"] = {"used": used, "kv_cache": cache, "beside": used - cache, "estimated": memory.beside / GIB}
     return found
 
 

@@ -15,12 +15,13 @@ from analysis.advise.advice import FIRST
 from analysis.advise.case import Case
 from analysis.advise.on_gpu import MOST_BATCH, whole
 from experiments.calibrate.gpu import LARGEST, LONGEST, check_split, model_of, splits
-from experiments.machine.gpus import NVLINK, check_gpu_memory, devices, places, resources
+from experiments.machine.gpus import NVLINK, devices, places, resources
 from experiments.records.errors import SpecError
 from experiments.records.provenance import gpus, machine, usable
 from experiments.records.terminal import console
 from experiments.simulator import estimate
 from experiments.simulator.calibration import load_calibration, weight_bytes
+from experiments.simulator.memory import SHARE, gpu_memory
 from experiments.spec.expand import FEWEST_REQUESTS, Session
 from experiments.spec.spec import EngineSettings, ServingFigure, Testbed, load_figure, load_model, model_path, slug
 from experiments.spec.traces import Trace
@@ -170,12 +171,12 @@ def _placed(
     if asked and asked not in room:
         joined = ", joined by NVLink" * testbed.nvlink
         raise SpecError(f"TP: got {asked}; allowed: {', '.join(map(str, room))}, by the GPUs that are free here{joined}")
-    gib, quant = usable(gpus())[0]["memory_mib"] / 1024, (shape.get("quantization_config") or {}).get("quant_method")
-    known = gib and quant in (None, "fp8")  # of others vLLM will tell
+    mib, quant = usable(gpus())[0]["memory_mib"], (shape.get("quantization_config") or {}).get("quant_method")
+    known = mib and quant in (None, "fp8")  # of others vLLM will tell
     for size in [asked] if asked else room:
         one = replace(settings, tensor_parallel=size)
         try:
-            return one, room[size], check_gpu_memory(one, gib) if known else ""
+            return one, room[size], gpu_memory(one, SHARE * 2**20 * mib).told if known else ""
         except SpecError as error:
             reason = error
     raise reason  # of the most GPUs

@@ -16,32 +16,22 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from experiments.calibrate.published import END_TO_END, published_jitter, write
+from experiments.calibrate.published import END_TO_END, write
 from experiments.calibrate.tables import (
     ENGINE,
     FIXED_BY,
     MEASURED,
-    PACKAGE,
     VERSION,
     Grid,
+    calibrated,
     engine_handle,
-    fitted,
-    linear_of,
     read_tables,
+    source_of,
 )
 from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
-from experiments.simulator.calibration import (
-    CALIBRATIONS,
-    Calibration,
-    FitError,
-    Profile,
-    ValidRange,
-    attention_of,
-    load_calibration,
-    mlp_of,
-)
-from experiments.simulator.memory import BLOCK, GIB, REPORTED, SHARE
+from experiments.simulator.calibration import CALIBRATIONS, Calibration, load_calibration, mlp_of
+from experiments.simulator.memory import GIB, REPORTED, SHARE
 from experiments.spec.spec import MODELS, load_model, read_yaml
 
 FOLDER = CALIBRATIONS / "tables"  # never in git
@@ -54,10 +44,9 @@ CHANGED = {
     "linear": "the tables' operators but attention, all-reduce included, at sizes that were measured",
     "attention": "least squares on the same steps; beyond prompts of 16,384 tokens the package adds up pairs, as we do",
     "valid": "the largest step that was measured; pairs and context to 131,072 tokens where the model has them",
-    "device_memory_bytes": "what CUDA reports, see experiments/simulator/memory.py",
 }
 PUBLIC = END_TO_END.with_name("public.yaml")
-MOST_DECODES, LONGEST, LARGEST = 1024, 131072, 16384  # requests, tokens of context and of a step
+LONGEST, LARGEST = 131072, 16384  # tokens of context and of a step
 
 
 def package() -> Path:
@@ -179,8 +168,19 @@ def calibration_of(model: str, gpu: str, split: int, dtype: str) -> Calibration:
         covered = min(LARGEST, int(pd.read_parquet(gemm, columns=["m"])["m"].max()))
         rows = rows_of(shape, gpu, engine_version, split, dtype, grid_of(longest, covered))
         write_whole(path.with_suffix(".rows"), yaml.safe_dump(rows, sort_keys=False, width=124, default_flow_style=None))
-        source = f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{gpu}: {ENGINE} {engine_version}"
-        write(calibrated(rows, path.stem, model, gpu, split, dtype, source, reported), path)
+        made = calibrated(
+            rows,
+            dtype,
+            calibration=path.stem,
+            title=f"{split} {gpu}, {dtype}, kernels of {ENGINE} {engine_version}",
+            models=(model,),
+            tensor_parallel=split,
+            sources=(source_of(gpu, engine_version),),
+            fixed_by=FIXED_BY | CHANGED,
+            device_memory_bytes=reported,
+            gpu=gpu,
+        )
+        write(made, path)
     return with_known_error(replace(load_calibration(str(path)), models=(model,)), shape)
 
 
@@ -208,30 +208,3 @@ def rows_of(shape: Mapping[str, Any], gpu: str, engine_version: str, split: int,
         raise SpecError(
             f"{asked}: got a shape of which there is no table ({reason}); allowed: another TP, DTYPE or GPU"
         ) from None
-
-
-def calibrated(
-    rows: Mapping[str, Any], name: str, model: str, gpu: str, split: int, dtype: str, source: str, reported: float
-) -> Calibration:
-    """Fitted to the rows."""
-    covered = max(n for n, _ in rows["operators"])
-    pairs = max(n * before + n * (n + 1) // 2 for n, before, _ in rows["prefill"])
-    draft = Calibration(
-        calibration=name,
-        title=f"{split} {gpu}, {dtype}, kernels of {source.rpartition(': ')[2]}",
-        models=(model,),
-        tensor_parallel=split,
-        sources=(source,),
-        overhead_s=0.0,
-        linear=linear_of(rows),
-        decode=Profile((0, MOST_DECODES), (0.0, 0.0)),
-        attention=attention_of(model, split, dtype, 1.0, 0.0, 1.0),
-        jitter=published_jitter(read_yaml(CALIBRATIONS / "published" / "a100-2024.yaml")),
-        valid=ValidRange(covered, MOST_DECODES, pairs, max(n * at for n, at, _ in rows["decode"])),
-        error=FitError(0.0, 0.0, 0.0, ""),
-        block_size=BLOCK,
-        fixed_by=FIXED_BY | CHANGED,
-        device_memory_bytes=reported,
-        gpu=gpu,
-    )
-    return fitted(rows, draft)

@@ -1,12 +1,10 @@
-"""Fits cost-model coefficients to published A100 measurements.
+"""Fits cost-model coefficients to published A100 measurements, and writes calibrations.
 
-`python -m experiments.calibrate.published` writes artifacts/calibration/*.yaml anew from artifacts/calibration/published.
 Figure 9a's own data are not among them; docs/simulator.md says for each parameter what fixed it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +15,6 @@ import yaml
 from scipy.optimize import nnls
 
 from experiments.records.store import write_whole
-from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.calibration import (
     CALIBRATIONS,
     Attention,
@@ -34,6 +31,7 @@ from experiments.simulator.calibration import (
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import load_model, read_yaml
 
+DATA = CALIBRATIONS / "published" / "a100-2024.yaml"
 END_TO_END = CALIBRATIONS.parent / "reference" / "end_to_end.yaml"
 LONGEST_PROFILE = 16384  # tokens; the longest step of Figure 9
 
@@ -174,6 +172,12 @@ def calibrate_mistral(published: Mapping[str, Any], yi: Calibration) -> Calibrat
     )
 
 
+def published_calibrations() -> list[Calibration]:
+    """Those of the paper's engine."""
+    yi = calibrate_yi(published := read_yaml(DATA))
+    return [yi, calibrate_mistral(published, yi)]
+
+
 def fit_error(fitted: Sequence[float], held_out: Sequence[float], on: str) -> FitError:
     figures = np.mean(np.abs(fitted)), np.max(np.abs(fitted)), np.mean(np.abs(held_out))
     mean, worst, out = (round(float(figure), 4) for figure in figures)
@@ -193,25 +197,3 @@ def write(calibration: Calibration, path: Path) -> None:
     parts = [yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)]  # short lists on one line
     parts.append(yaml.safe_dump(texts, sort_keys=False, width=120, default_flow_style=False))  # sentences one by one
     write_whole(path, "# Written by experiments/calibrate; see docs/simulator.md.\n" + "".join(parts))
-
-
-def store(*calibrations: Calibration) -> dict[str, float]:
-    """Write calibrations to their place; their held-out errors."""
-    for calibration in calibrations:
-        write(with_errors(calibration), CALIBRATIONS / f"{calibration.calibration}.yaml")
-        error = calibration.error
-        console.print(f"{calibration.calibration}: held-out error {error.held_out:.1%} ({error.held_out_on})")
-    return {calibration.calibration: calibration.error.held_out for calibration in calibrations}
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Refit the published calibrations; 0, or 2 with one line of reason."""
-    parse(arguments("experiments.calibrate.published", main.__doc__), argv)
-    yi = calibrate_yi(published := read_yaml(CALIBRATIONS / "published" / "a100-2024.yaml"))
-    result(held_out=store(yi, calibrate_mistral(published, yi)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Calibrations of a recent engine from measured kernel tables: `make tables` writes them anew, and the rows they are fitted to.
+"""Calibrations of the paper's scale: `make tables` writes them anew, those of a recent engine from measured kernel tables.
 
 The tables come with the package aiconfigurator-core, which only this command needs. It adds up kernel times to a step; what it
 says of single steps is kept in artifacts/calibration/published, and our cost model is fitted to that.
@@ -20,28 +20,28 @@ import numpy as np
 import yaml
 from scipy.optimize import nnls
 
-from experiments.calibrate.published import LONGEST_PROFILE, fit_error, published_jitter, rounded_profile, store
+from experiments.calibrate.published import (
+    DATA,
+    LONGEST_PROFILE,
+    fit_error,
+    published_calibrations,
+    published_jitter,
+    rounded_profile,
+    with_errors,
+    write,
+)
 from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
-from experiments.records.terminal import arguments, command, parse, result
-from experiments.simulator.calibration import (
-    CALIBRATIONS,
-    Calibration,
-    FitError,
-    Floats,
-    Jitter,
-    Profile,
-    ValidRange,
-    attention_of,
-)
+from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.simulator.calibration import CALIBRATIONS, Calibration, FitError, Floats, Profile, ValidRange, attention_of
 from experiments.simulator.cost_model import CostModel
+from experiments.simulator.memory import BLOCK, GIB, REPORTED
 from experiments.spec.spec import load_model, read_yaml
 
 PACKAGE, VERSION = "aiconfigurator-core", "0.12.0"
 SYSTEM, ENGINE, ENGINE_VERSION = "a100_sxm", "vllm", "0.14.0"
-ROWS = Path("published") / "a100-sxm.yaml"
+ROWS = DATA.with_name("a100-sxm.yaml")
 FITTED = {"yi-34b": (2, ("yi-34b", "yi-34b-200k"), "Yi-34B"), "mistral-7b": (1, ("mistral-7b",), "Mistral-7B")}
-MOST_DECODES, MOST_CONTEXT = 128, 4096  # as the published calibrations
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ PAPER = Grid(
         *((n, 0) for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)),
         *((n, total - n) for n in (512, 1024, 2048) for total in (4096, 8192, 16384)),
     ],
-    decode=[(n, context) for n in (1, 2, 4, 8, 16, 32, 64, 128) for context in (256, 1024, MOST_CONTEXT)],
+    decode=[(n, context) for n in (1, 2, 4, 8, 16, 32, 64, 128) for context in (256, 1024, 4096)],
     held_out=[
         *((n, decodes) for n in (256, 512, 1024, 2048) for decodes in (4, 16, 32, 64, 128)),
         *((n, 0) for n in (640, 1536, 3072, 6144, 12288)),  # sizes between the knots
@@ -80,7 +80,7 @@ FIXED_BY = {
     "jitter": "assumed to be that of the paper's machine, one step published twice",
     "valid": "the steps that were fitted; 128 requests at 4,096 tokens of context",
     "block_size": "vLLM's default on GPUs",
-    "device_memory_bytes": "nominal size; the card reports 5 % more, which is left to activations and the CUDA context",
+    "device_memory_bytes": "what CUDA reports, see experiments/simulator/memory.py",
 }
 NOTICE = f"""# Written by experiments/calibrate/tables.py: milliseconds of single steps as {PACKAGE} {VERSION}
 # adds them up from its measured kernel tables. Copyright NVIDIA Corporation and affiliates, Apache-2.0; see
@@ -100,6 +100,11 @@ def engine_handle() -> Any:
         raise SpecError(f"package {PACKAGE}: got {came}; allowed: {VERSION}, in an environment that make tables sets up")
     logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)  # of attention back ends that GPUs have no choice of
     return EngineHandle
+
+
+def source_of(system: str, engine_version: str) -> str:
+    """What a calibration names as its source."""
+    return f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{system}: {ENGINE} {engine_version}"
 
 
 def read_tables(shape: Mapping[str, Any], system: str, engine_version: str, grid: Grid, **how: Any) -> dict[str, Any]:
@@ -136,18 +141,28 @@ def steps_of(rows: Mapping[str, Any], name: str) -> tuple[list[tuple[int, int, i
     return steps, np.array([row[-1] for row in table]) / 1e3
 
 
-def linear_of(rows: Mapping[str, Any]) -> Profile:
-    """The operators as they are."""
-    tokens, seconds = np.array(rows["operators"]).T
-    return rounded_profile(tokens.astype(np.int64), seconds / 1e3)
+def calibrated(rows: Mapping[str, Any], dtype: str, **header: Any) -> Calibration:
+    """A calibration that says what `header` does, of the cost model fitted to the rows and valid as far as they go.
 
-
-def fitted(rows: Mapping[str, Any], draft: Calibration) -> Calibration:
-    """The draft, whose operators are the rows' and whose attention has rates of 1, with the cost model fitted to the rows: a
-    fixed time, a query-key pair of prefill and a token of decode context by least squares on relative errors. Steps that mix,
-    and sizes between the knots, are held out."""
-    parts, unit = [steps_of(rows, name) for name in ("prefill", "decode")], draft.attention
+    The operators are as in the rows. A fixed time, a query-key pair of prefill and a token of decode context come by least
+    squares on relative errors; steps that mix, and sizes between the knots, are held out.
+    """
+    tokens, ms = np.array(rows["operators"]).T
+    parts = [steps_of(rows, name) for name in ("prefill", "decode")]
     steps, total = np.array([step for part, _ in parts for step in part]), np.concatenate([part for _, part in parts])
+    unit = attention_of(header["models"][0], header["tensor_parallel"], dtype, 1.0, 0.0, 1.0)
+    _, decodes, _, pairs, context = steps.max(axis=0).tolist()
+    draft = Calibration(
+        **header,
+        overhead_s=0.0,
+        linear=rounded_profile(tokens.astype(np.int64), ms / 1e3),
+        decode=Profile((0, decodes), (0.0, 0.0)),
+        attention=unit,
+        jitter=published_jitter(read_yaml(DATA)),
+        valid=ValidRange(int(tokens.max()), decodes, pairs, context),
+        error=FitError(0.0, 0.0, 0.0, ""),
+        block_size=BLOCK,
+    )
     work = np.stack([np.ones(len(total)), steps[:, 3], steps[:, 4]], axis=1)
     scale = work.max(axis=0)
     rest = total - draft.linear.table()[steps[:, 0] + steps[:, 1]]
@@ -164,31 +179,20 @@ def fitted(rows: Mapping[str, Any], draft: Calibration) -> Calibration:
     return replace(draft, error=fit_error(errors("prefill") + errors("decode"), errors("held_out"), held_out))
 
 
-def calibrate(model: str, rows: Mapping[str, Any], source: str, jitter: Jitter) -> Calibration:
+def calibrate(model: str, rows: Mapping[str, Any], source: str) -> Calibration:
     """The calibration of one of the paper's models from its rows."""
     tensor_parallel, models, name = FITTED[model]
-    unit = attention_of(model, tensor_parallel, "float16", 1.0, 0.0, 1.0)
-    gpus = f"{tensor_parallel} A100 80 GB SXM"
-    draft = Calibration(
+    return calibrated(
+        rows,
+        "float16",
         calibration=f"a100-{model}" + (f"-tp{tensor_parallel}" if tensor_parallel > 1 else ""),
-        title=f"{name} on {gpus}, kernels of vLLM {ENGINE_VERSION}",
+        title=f"{name} on {tensor_parallel} A100 80 GB SXM, kernels of vLLM {ENGINE_VERSION}",
         models=models,
         tensor_parallel=tensor_parallel,
         sources=(source,),
-        overhead_s=0.0,
-        linear=linear_of(rows),
-        decode=Profile((0, MOST_DECODES), (0.0, 0.0)),
-        attention=unit,
-        jitter=jitter,
-        valid=ValidRange(
-            LONGEST_PROFILE, MOST_DECODES, LONGEST_PROFILE * (LONGEST_PROFILE + 1) // 2, MOST_DECODES * MOST_CONTEXT
-        ),
-        error=FitError(0.0, 0.0, 0.0, ""),
-        block_size=16,
         fixed_by=FIXED_BY,
-        device_memory_bytes=80e9,
+        device_memory_bytes=REPORTED[SYSTEM] * GIB,
     )
-    return fitted(rows, draft)
 
 
 def read_paper(model: str) -> dict[str, Any]:
@@ -197,21 +201,26 @@ def read_paper(model: str) -> dict[str, Any]:
     return read_tables(shape, SYSTEM, ENGINE_VERSION, PAPER, tp_size=FITTED[model][0])
 
 
-def calibrations(published: Mapping[str, Any], jitter: Jitter) -> list[Calibration]:
-    """All models' from the rows that the file of ROWS holds."""
-    return [calibrate(model, rows, published["source"], jitter) for model, rows in published["models"].items()]
+def paper_calibrations() -> list[Calibration]:
+    """All of the paper's scale, of the old engine and of a recent one, from what artifacts/calibration/published holds."""
+    rows = read_yaml(ROWS)
+    recent = [calibrate(model, own, rows["source"]) for model, own in rows["models"].items()]
+    return [with_errors(calibration) for calibration in (*published_calibrations(), *recent)]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the tables, write their rows and the calibrations anew; 0, or 2 with one line of reason."""
     parse(arguments("experiments.calibrate.tables", main.__doc__), argv)
-    folder = CALIBRATIONS
-    source = f"{PACKAGE} {VERSION} (Apache-2.0), systems/data/{SYSTEM}: {ENGINE} {ENGINE_VERSION}"
-    published = {"source": source, "models": {model: read_paper(model) for model in FITTED}}
-    write_whole(folder / ROWS, NOTICE + yaml.safe_dump(published, sort_keys=False, width=124, default_flow_style=None))
-    published = read_yaml(folder / ROWS)
-    result(held_out=store(*calibrations(published, published_jitter(read_yaml(folder / "published" / "a100-2024.yaml")))))
+    found = {"source": source_of(SYSTEM, ENGINE_VERSION), "models": {model: read_paper(model) for model in FITTED}}
+    write_whole(ROWS, NOTICE + yaml.safe_dump(found, sort_keys=False, width=124, default_flow_style=None))
+    errors = {}
+    for calibration in paper_calibrations():
+        write(calibration, CALIBRATIONS / f"{calibration.calibration}.yaml")
+        error = calibration.error
+        console.print(f"{calibration.calibration}: held-out error {error.held_out:.1%} ({error.held_out_on})")
+        errors[calibration.calibration] = error.held_out
+    result(held_out=errors)
     return 0
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from experiments.cluster.placement import GIB, Node, Slot, choose_machines, foretell, makespan
 from experiments.machine import doctor
-from experiments.machine.gpus import check_gpu_memory, resources
+from experiments.machine.gpus import resources
 from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, saturation_throughput
 from experiments.records.provenance import commit, identity, machine, sha256
 from experiments.records.store import LOOKS, Run, read_trial
 from experiments.simulator.calibration import CALIBRATIONS
 from experiments.simulator.estimate import session_seconds, simulated_saturations
+from experiments.simulator.memory import gpu_memory
 from experiments.spec.expand import SATURATION, LoadPoint, Session, expand, saturation_requests, saturation_sessions
 from experiments.spec.spec import FIGURES, TESTBEDS, ServingFigure, Testbed, load_figure, path_of
 from experiments.spec.traces import Trace
@@ -54,8 +55,8 @@ class Plan:
         self.saturation = saturation_sessions(self.figure, self.testbed)
         self.measured: dict[str, float] = {}  # model -> saturation throughput, requests per second
         self.sessions = self.expand()
-        gpu_gib, on_gpus = self.testbed.requires.gpu_memory_gib, self.testbed.platform == "cuda"
-        self.memory = {s.model: check_gpu_memory(s.engine, gpu_gib) for s in self.sessions if on_gpus}
+        reported, on_gpus = GIB * self.testbed.requires.gpu_memory_gib, self.testbed.platform == "cuda"
+        self.memory = {s.model: gpu_memory(s.engine, reported) for s in self.sessions if on_gpus}
         self.not_run = [panel.model for panel in self.figure.panels if panel.model not in self.testbed.models]
 
     def expand(self) -> list[Session]:
@@ -204,7 +205,7 @@ class Plan:
             *(f"model     {model}: {count} session{'s'[: count > 1]}" for model, count in models.items()),
             *(f"model     {model}: not on this testbed" for model in self.not_run),
             *([f"trace     {self._trace_line()}"] if self.trace else []),
-            *(f"memory    {model}: {line}" for model, line in self.memory.items()),
+            *(f"memory    {model}: {found.told}" for model, found in self.memory.items()),
             f"trials    {outlook['trials']} in all, {outlook['trials_to_run']} to run",
             *([f"schedule  none here: {outlook['no_schedule']}"] if outlook["no_schedule"] else []),
             f"estimate  {cost}; nothing to attend to",

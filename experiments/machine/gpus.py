@@ -1,4 +1,4 @@
-"""GPUs: what a model takes of their memory, and which a session gets.
+"""Which GPUs a session gets.
 
 Ray's own GPU count would hand out any. So each GPU is a Ray resource of its own, and so is each set joined by NVLink.
 `python -m experiments.machine.gpus` prints a node's resources as JSON for `ray start`.
@@ -16,11 +16,9 @@ from itertools import chain, combinations, product
 from experiments.records.errors import SpecError
 from experiments.records.provenance import gpus, usable
 from experiments.records.terminal import arguments, command, console, parse, result
-from experiments.simulator.calibration import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
-from experiments.spec.spec import EngineSettings, load_model
+from experiments.spec.spec import EngineSettings
 
 GPU, NVLINK = "gpu-", "nvlink-"  # gpu-0, nvlink-0-1, nvlink-0-1-2-3: numbers as nvidia-smi counts
-RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, CUDA graphs: a round figure, not measured here
 
 
 def nvlink_sets(topology: str, among: Container[int]) -> list[tuple[int, ...]]:
@@ -107,35 +105,6 @@ def environment_here(settings: EngineSettings, nvlink: bool = True) -> dict[str,
         wanted = f"{kind_of_place(settings.tensor_parallel, nvlink)}, not in use"
         raise SpecError(f"{settings.model}: got {', '.join(here) or 'no GPU'}; allowed: {wanted}; make doctor lists them all")
     return environment(found[0])
-
-
-def gpu_memory_gib(settings: EngineSettings) -> dict[str, float]:
-    """GiB per GPU that an engine must have: weights, activations of the largest step, KV of the longest request, a reserve.
-
-    Activations per token: residual, hidden state, attention in and out (4 x hidden), gate, up and their product (3 x
-    intermediate, divided by tensor parallelism); logits in float32 of a full batch. Our own count, checked on no GPU.
-    """
-    shape, shards = load_model(settings.model), settings.tensor_parallel
-    per_token = (4 * shape["hidden_size"] + 3 * shape["intermediate_size"] / shards) * DTYPE_BYTES[settings.dtype]
-    return {
-        "weights": weight_bytes(shape, shards, settings.dtype) / 2**30,
-        "activations": (settings.max_budget * per_token + 4 * settings.max_batch * shape["vocab_size"]) / 2**30,
-        "longest request": settings.max_model_len * kv_bytes_per_token(shape, shards, settings.dtype) / 2**30,
-        "reserve": RESERVED_GIB,
-    }
-
-
-def check_gpu_memory(settings: EngineSettings, gpu_gib: float) -> str:
-    """What an engine takes of a GPU of that size, in a line. Raises SpecError if it is too much, before anything is loaded."""
-    needs, share = gpu_memory_gib(settings), settings.gpu_memory_utilization or 1.0
-    have, total = gpu_gib * share, sum(needs.values())
-    parts = " + ".join(f"{gib:.1f} {name}" for name, gib in needs.items())
-    if total > have:
-        raise SpecError(
-            f"{settings.model}: GPU memory: got {parts} = {total:.1f} GiB per GPU; allowed: {have:.1f}, "
-            f"{share:g} of {gpu_gib:g}; use shorter prompts, or more or larger GPUs"
-        )
-    return f"{parts} GiB of {have:.1f} per GPU"
 
 
 @command

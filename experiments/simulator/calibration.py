@@ -15,9 +15,8 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from experiments.records.errors import SpecError
 from experiments.records.provenance import PACKAGE
-from experiments.spec.spec import STRICT, Count, EngineSettings, Name, load_model, path_of, read_spec
+from experiments.spec.spec import STRICT, Count, Name, load_model, path_of, read_spec
 
 CALIBRATIONS = PACKAGE.parent / "artifacts" / "calibration"
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 2}  # of a number; weights of layers take 1 in fp8
@@ -162,8 +161,8 @@ class Calibration:
     loop: Loop = Loop()
     made_on: dict[str, str] = dataclasses.field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()  # of steps of a machine at hand, by size
-    device_memory_bytes: Positive | None = None  # of a card; None: the testbed or `kv_blocks` says how large the KV cache is
-    kv_blocks: Count | None = None  # of the engine of the machine at hand
+    device_memory_bytes: Positive | None = None  # that CUDA reports of a card
+    kv_blocks: Count | None = None  # of the engine of the machine at hand; of these two none: the testbed states a KV cache
     host: Profile | None = None  # seconds that a step takes at least, by requests that decode; None: the host hides nothing
     gpu: str = ""  # of which kernel tables speak, by their name for it; empty: another machine
 
@@ -231,26 +230,3 @@ def weight_bytes(shape: Mapping[str, Any], tensor_parallel: int, dtype: str) -> 
     layers, tables = layer_numbers(shape, mlp_of(shape)[0]), 1 if shape.get("tie_word_embeddings") else 2
     ends, size = tables * shape["vocab_size"] * shape["hidden_size"], DTYPE_BYTES[dtype]
     return float(layers * (1 if dtype == "fp8" else size) + ends * size) / tensor_parallel
-
-
-def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:
-    """KV blocks of the engine: of the testbed's KV cache, those of the engine that was calibrated, or GPU memory x utilization
-    less weights, over a block's bytes.
-
-    What activations and the CUDA context take is not modelled; `device_memory_bytes` is the nominal 80e9 of cards that report
-    5 % more, which leaves room for them. Raises SpecError if the memory is unknown or too small.
-    """
-    shape = load_model(settings.model)
-    block = calibration.block_size * kv_bytes_per_token(shape, settings.tensor_parallel, settings.dtype)
-    if settings.kv_cache_gib is not None:
-        return int(settings.kv_cache_gib * 2**30 // block)
-    if calibration.kv_blocks is not None:
-        return calibration.kv_blocks
-    if calibration.device_memory_bytes is None or settings.gpu_memory_utilization is None:
-        allowed = "kv_cache_gib in the testbed, kv_blocks here, or gpu_memory_utilization there and device_memory_bytes here"
-        raise SpecError(f"calibration {calibration.calibration}: size of the KV cache: got none; allowed: {allowed}")
-    memory = calibration.device_memory_bytes * settings.gpu_memory_utilization
-    blocks = int((memory - weight_bytes(shape, settings.tensor_parallel, settings.dtype)) // block)
-    if blocks < 2:
-        raise SpecError(f"{settings.model}: weights: got more than {memory:.3g} bytes per GPU; allowed: less")
-    return blocks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.records.errors import SpecError
-from experiments.simulator.calibration import kv_bytes_per_token, mlp_of, weight_bytes
+from experiments.simulator.calibration import Calibration, kv_bytes_per_token, mlp_of, weight_bytes
 from experiments.spec.spec import EngineSettings, load_model
 
 GIB = 2**30
@@ -29,7 +29,7 @@ GRAPHS = 1.04  # GiB, mean over the models (0.51 to 1.85)
 
 @dataclass(frozen=True)
 class Memory:
-    """Of each GPU, bytes: what vLLM may use, what the KV cache shares it with, and a token of KV cache."""
+    """Of each GPU, bytes: what vLLM may use, what of it is no KV cache, and a token of KV cache."""
 
     budget: float
     weights: float
@@ -38,9 +38,25 @@ class Memory:
     per_token: float
 
     @property
+    def beside(self) -> float:
+        """What is no KV cache."""
+        return self.weights + self.activations + self.kept
+
+    @property
     def blocks(self) -> int:
         """KV blocks of BLOCK tokens; negative if not even the weights fit."""
-        return int((self.budget - self.weights - self.activations - self.kept) // (BLOCK * self.per_token))
+        return int((self.budget - self.beside) // (BLOCK * self.per_token))
+
+    def __str__(self) -> str:
+        """What is no KV cache, GiB."""
+        parts = {"weights": self.weights, "a step": self.activations, "kept by vLLM": self.kept}
+        return " + ".join(f"{size / GIB:.1f} {name}" for name, size in parts.items())
+
+    @property
+    def told(self) -> str:
+        """In a line."""
+        left = f"{(self.budget - self.beside) / GIB:.1f} of {self.budget / GIB:.1f} GiB per GPU"
+        return f"{self}, which leaves {left} for the KV cache"
 
 
 def activation_bytes(shape: Mapping[str, Any], tensor_parallel: int, tokens: int, requests: int) -> float:
@@ -53,22 +69,39 @@ def activation_bytes(shape: Mapping[str, Any], tensor_parallel: int, tokens: int
 
 
 def gpu_memory(settings: EngineSettings, reported: float) -> Memory:
-    """Of a GPU that reports so many bytes, under these settings. Raises SpecError where no KV cache is left."""
-    shape, split = load_model(settings.model), settings.tensor_parallel
+    """Of a GPU that reports so many bytes. Raises SpecError where no request of the greatest length fits."""
+    shape, split, share = load_model(settings.model), settings.tensor_parallel, settings.gpu_memory_utilization or UTILIZATION
     found = Memory(
-        budget=reported * (settings.gpu_memory_utilization or UTILIZATION),
+        budget=reported * share,
         weights=weight_bytes(shape, split, settings.dtype),
         activations=activation_bytes(shape, split, settings.max_budget, settings.max_batch),
         kept=(NON_TORCH[min(split, 2)] + GRAPHS) * GIB,
         per_token=kv_bytes_per_token(shape, split, settings.dtype),
     )
     if found.blocks * BLOCK < settings.max_model_len:
-        need = (found.weights + found.activations + found.kept + settings.max_model_len * found.per_token) / GIB
-        came = f"{found.budget / GIB:.1f} GiB of a GPU for {need:.1f} GiB: weights, a step of {settings.max_budget} tokens"
+        longest = settings.max_model_len * found.per_token
+        came = f"{found} + {longest / GIB:.1f} the longest request = {(found.beside + longest) / GIB:.1f} GiB per GPU"
+        allowed = f"{found.budget / GIB:.1f}, {share:g} of {reported / GIB:.1f}"
         raise SpecError(
-            f"GPU memory: got {came}, one request of {settings.max_model_len}; allowed: as much; a higher TP splits it"
+            f"{settings.model}: GPU memory: got {came}; allowed: {allowed}; use shorter prompts, or more or larger GPUs"
         )
     return found
+
+
+def kv_blocks(settings: EngineSettings, calibration: Calibration) -> int:
+    """KV blocks of a simulated engine: of the testbed's KV cache, those of the engine that was calibrated, or what a GPU has.
+
+    Raises SpecError if the memory is unknown or too small.
+    """
+    if settings.kv_cache_gib is not None:
+        per_token = kv_bytes_per_token(load_model(settings.model), settings.tensor_parallel, settings.dtype)
+        return int(settings.kv_cache_gib * GIB // (calibration.block_size * per_token))
+    if calibration.kv_blocks is not None:
+        return calibration.kv_blocks
+    if calibration.device_memory_bytes is None:
+        allowed = "kv_cache_gib in the testbed, or kv_blocks or device_memory_bytes here"
+        raise SpecError(f"calibration {calibration.calibration}: size of the KV cache: got none; allowed: {allowed}")
+    return gpu_memory(settings, calibration.device_memory_bytes).blocks
 
 
 def vllm_default(gpu: str, reported: float, max_model_len: int) -> tuple[int, int]:

@@ -17,9 +17,10 @@ import pandas as pd
 from experiments.records.errors import SpecError
 from experiments.records.metrics import Served, served
 from experiments.records.record import REQUEST_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, Phase, Record
-from experiments.simulator.calibration import Calibration, Floats, Jitter, kv_blocks, load_calibration
+from experiments.simulator.calibration import Calibration, Floats, Jitter, load_calibration
 from experiments.simulator.compiled import compiled, say_if_not_kept
 from experiments.simulator.cost_model import PAUSE_S, CostModel, Costs, jitter_factors, step_seconds
+from experiments.simulator.memory import kv_blocks
 from experiments.simulator.scheduler import GAP, STEP, TOKEN, Rows, begin, rows, schedule, unserved, update
 from experiments.spec.spec import EngineSettings
 

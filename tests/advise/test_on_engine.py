@@ -65,7 +65,7 @@ def test_a_large_model_is_placed_by_the_topology(
     assert (found.settings.dtype, found.settings.weights, found.settings.max_model_len) == ("bfloat16", "dummy", 8192)
     said = capsys.readouterr().out
     assert f"model {tmp_path}/big: bfloat16, weights dummy (no safetensors beside its config.json); {words}" in said
-    assert " GiB of " in said
+    assert " GiB per GPU for the KV cache" in said
 
 
 def test_links_and_lengths_are_a_part_of_what_a_calibration_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from experiments.records.record import STEP_COLUMNS, Phase
 from experiments.simulator import estimate
 from experiments.simulator.calibration import Calibration, Jitter, load_calibration
 from experiments.simulator.cost_model import CostModel
+from experiments.simulator.memory import GIB, gpu_memory
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import expand
 from experiments.spec.spec import EngineSettings, load_figure, load_testbed
@@ -227,20 +228,22 @@ def test_a_calibration_that_is_cut_short_is_an_error(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-GPUS = [  # testbed, model, calibration that its speed is like, how many times slower it is, KV blocks of 16 tokens
-    ("gpu-24g", "mistral-7b", "a100-mistral-7b", 4.0, 1700),  # hardly three requests of 8,192 tokens
-    ("gpu-80g", "mistral-7b", "a100-mistral-7b", 1.0, 25518),
-    ("gpu-80g-pair", "yi-34b", "a100-yi-34b-tp2", 1.0, 17095),
-    ("a100", "yi-34b", "a100-2024-yi-34b-tp2", 1.0, 17095),
+GPUS = [  # testbed, model, calibration that its speed is like, how many times slower it is
+    ("gpu-24g", "mistral-7b", "a100-mistral-7b", 4.0),
+    ("gpu-80g", "mistral-7b", "a100-mistral-7b", 1.0),
+    ("gpu-80g-pair", "yi-34b", "a100-yi-34b-tp2", 1.0),
+    ("a100", "yi-34b", "a100-2024-yi-34b-tp2", 1.0),
 ]
 
 
-@pytest.mark.parametrize(("testbed", "model", "like", "slower", "blocks"), GPUS)
+@pytest.mark.parametrize(("testbed", "model", "like", "slower"), GPUS)
 def test_what_was_calibrated_on_a_gpu_can_be_simulated(
-    testbed: str, model: str, like: str, slower: float, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    testbed: str, model: str, like: str, slower: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the time limit, by a stand-in for the GPU; and every step of Figure 9 is in the range that it covers."""
     bed, known = load_testbed(testbed), load_calibration(like)
+    settings, decoding = calibrate_here.settings_of(bed)[bed.models[model]]
+    blocks = gpu_memory(settings, bed.requires.gpu_memory_gib * GIB).blocks
     parts = {name: getattr(known, name) for name in ("linear", "decode", "host") if getattr(known, name)}
     attention = replace(known.attention, flop_per_s=known.attention.flop_per_s / slower)
     known = replace(
@@ -256,7 +259,6 @@ def test_what_was_calibrated_on_a_gpu_can_be_simulated(
 
     monkeypatch.setattr(calibrate_here, "engines", stand_in)
     monkeypatch.setattr(calibrate_here, "environment_here", lambda *_: {})  # this machine has no GPU
-    settings, decoding = calibrate_here.settings_of(bed)[bed.models[model]]
     found = load_calibration(str(calibrate_here.calibrate(settings, decoding, testbed, tmp_path)))
     assert found.kv_blocks == blocks
     assert found.error.held_out < 0.1
@@ -281,16 +283,17 @@ def test_where_each_chunk_size_has_its_engine_the_largest_is_calibrated() -> Non
 
 
 @pytest.mark.parametrize(
-    ("testbed", "model", "like", "blocks"),
-    [("a100", "yi-34b", "a100-2024-yi-34b-tp2", 17095), ("gpu-24g", "mistral-7b", "a100-mistral-7b", 2600)],
+    ("testbed", "model", "like"),
+    [("a100", "yi-34b", "a100-2024-yi-34b-tp2"), ("gpu-24g", "mistral-7b", "a100-mistral-7b")],
 )
-def test_a_testbed_declares_the_preemptions_that_simulation_shows(testbed: str, model: str, like: str, blocks: int) -> None:
+def test_a_testbed_declares_the_preemptions_that_simulation_shows(testbed: str, model: str, like: str) -> None:
     """Undeclared they are a broken gate, after hours on GPUs."""
     bed = load_testbed(testbed)
     sessions = [session for session in expand(load_figure("fig9b"), bed, 1, {model: 1.8}) if session.model == model]
     session = max(sessions, key=lambda session: session.engine.max_budget)
     trial = max(session.trials, key=lambda trial: trial.points[0].qps)  # type: ignore[union-attr]
     phases, _ = phases_of(session, trial, synthetic_trace())
+    blocks = gpu_memory(session.engine, bed.requires.gpu_memory_gib * GIB).blocks
     record = SimulatedEngine(session.engine, load_calibration(like), session.seed, blocks).run(phases, 1e9)
     assert record.steps["preempted"].sum() > 0
     assert bed.may_preempt

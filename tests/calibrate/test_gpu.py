@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from experiments.calibrate import gpu, public, tables
-from experiments.calibrate.gpu import calibrated, check, grid_of, model_of, with_known_error
+from experiments.calibrate.gpu import check, grid_of, model_of, with_known_error
+from experiments.calibrate.tables import calibrated
 from experiments.records.errors import SpecError
 from experiments.simulator.cost_model import CostModel
 from experiments.simulator.memory import GIB
@@ -101,8 +102,9 @@ def test_nothing_is_asked_beyond_what_was_measured() -> None:
 def test_a_calibration_is_widened_by_what_is_known_of_such() -> None:
     rows = ROWS | {"operators": [row for row in ROWS["operators"] if row[0] <= 8192], "prefill": ROWS["prefill"][:7]}
     rows["held_out"] = [row for row in ROWS["held_out"] if row[0] <= 8192]
-    made = calibrated(rows, "made-up", "mistral-7b", "a100_sxm", 1, "bfloat16", "made up: vllm 0", 79.25 * GIB)
-    assert (made.valid.tokens, made.gpu, made.device_memory_bytes) == (8192, "a100_sxm", 79.25 * GIB)
+    asked = {"models": ("mistral-7b",), "tensor_parallel": 1, "sources": ("made up",), "gpu": "a100_sxm", "fixed_by": {}}
+    made = calibrated(rows, "bfloat16", calibration="made-up", title="", **asked)
+    assert (made.valid.tokens, made.gpu) == (8192, "a100_sxm")
     assert made.error.held_out < 0.03
     with pytest.raises(SpecError, match="tokens in a step: got 8193; allowed: at most 8192"):
         CostModel(made).step(8193, 0, 1, 0, 0)

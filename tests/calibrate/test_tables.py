@@ -9,36 +9,35 @@ import numpy as np
 import pytest
 
 from experiments.calibrate import tables
-from experiments.calibrate.published import published_jitter, with_errors
-from experiments.simulator.calibration import CALIBRATIONS, Jitter, load_calibration
+from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import read_yaml
 
 ROWS = read_yaml(CALIBRATIONS / tables.ROWS)
 
 
-def test_stored_calibrations_are_what_their_rows_give() -> None:
-    jitter = published_jitter(read_yaml(CALIBRATIONS / "published" / "a100-2024.yaml"))
-    found = tables.calibrations(ROWS, jitter)
-    assert [calibration.calibration for calibration in found] == ["a100-yi-34b-tp2", "a100-mistral-7b"]
+def test_stored_calibrations_are_what_their_data_give() -> None:
+    found = tables.paper_calibrations()
+    assert {calibration.calibration for calibration in found} == {path.stem for path in CALIBRATIONS.glob("*.yaml")}
     for calibration in found:
-        assert load_calibration(calibration.calibration) == with_errors(calibration)
+        assert load_calibration(calibration.calibration) == calibration
+        assert set(calibration.fixed_by) >= {"overhead_s", "linear", "decode", "jitter", "valid"}
+    for calibration in found[2:]:
         assert calibration.error.held_out < 0.03
         assert calibration.error.residual_mean < 0.015
         assert "vLLM 0.14.0" in calibration.title
-        assert set(calibration.fixed_by) >= {"overhead_s", "linear", "decode", "host", "attention", "jitter", "valid"}
 
 
 @pytest.mark.parametrize("model", sorted(tables.FITTED))
 def test_the_fit_finds_a_known_model(model: str) -> None:
     """Rows made by a known cost model give it back."""
-    known = tables.calibrate(model, ROWS["models"][model], "made up", Jitter(0.0))
+    known = tables.calibrate(model, ROWS["models"][model], "made up")
     known = replace(known, overhead_s=0.002, attention=replace(known.attention, flop_per_s=1e14, kv_bytes_per_s=1e12))
     cost, made = CostModel(known), dict(ROWS["models"][model])
     for name in ("prefill", "decode", "held_out"):
         steps, _ = tables.steps_of(made, name)
         made[name] = [[*row[:-1], 1e3 * cost.step(*step)] for row, step in zip(made[name], steps, strict=True)]
-    found = tables.calibrate(model, made, "made up", Jitter(0.0))
+    found = tables.calibrate(model, made, "made up")
     assert found.overhead_s == pytest.approx(0.002, rel=1e-3)
     assert found.attention.flop_per_s == pytest.approx(1e14, rel=1e-3)
     assert found.attention.kv_bytes_per_s == pytest.approx(1e12, rel=1e-3)

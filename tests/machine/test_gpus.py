@@ -1,4 +1,4 @@
-"""GPUs as Ray resources: nvidia-smi's matrix, sets joined by NVLink, who gets what; memory before loading."""
+"""GPUs as Ray resources: nvidia-smi's matrix, sets joined by NVLink, who gets what."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from experiments.cluster import local_ray
 from experiments.cluster.local_ray import node_command
 from experiments.cluster.placement import GIB, Node
 from experiments.machine import doctor, gpus
-from experiments.machine.gpus import check_gpu_memory, gpu_memory_gib
 from experiments.records import provenance
 from experiments.records.errors import SpecError
 from experiments.spec.expand import expand
@@ -297,24 +296,6 @@ def test_auto_does_not_go_to_the_cpu_because_a_gpu_is_in_use(
         return
     with pytest.raises(SpecError, match=r"^TESTBED: got auto; GPUs: NVIDIA .* in use\).*smaller testbed, such as TESTBED=cpu$"):
         doctor.choose_testbed("auto", tmp_path)
-
-
-@pytest.mark.parametrize("testbed", ["a100", "gpu-80g-pair", "gpu-80g", "gpu-24g"])
-@pytest.mark.parametrize("figure", ["fig9a", "fig9b"])
-def test_every_gpu_testbed_fits_its_card(testbed: str, figure: str) -> None:
-    bed = load_testbed(testbed)
-    for session in expand(load_figure(figure), bed, replicates=1):
-        assert "GiB of" in check_gpu_memory(session.engine, bed.requires.gpu_memory_gib)
-
-
-def test_what_does_not_fit_is_refused_before_loading() -> None:
-    sessions = {s.model: s.engine for s in expand(load_figure("fig9a"), load_testbed("a100"), replicates=1)}
-    yi = sessions["yi-34b-200k"]
-    assert gpu_memory_gib(yi)["weights"] == pytest.approx(34.4e9 * 2 / 2 / 2**30, rel=0.01)  # 34.4 billion weights, 2 GPUs
-    with pytest.raises(SpecError, match=r"yi-34b-200k: GPU memory: got 64\.1 weights"):
-        check_gpu_memory(dataclasses.replace(yi, tensor_parallel=1), 79.0)
-    with pytest.raises(SpecError, match="use shorter prompts"):
-        check_gpu_memory(sessions["mistral-7b"], 22.0)  # prompts of 16,384 tokens, unlike the testbed's 8,192
 
 
 def test_a_gpu_whose_memory_nvidia_smi_does_not_know(

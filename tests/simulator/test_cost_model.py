@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.calibrate import published as calibrate
 from experiments.records.errors import SpecError
 from experiments.simulator.calibration import (
     CALIBRATIONS,
@@ -21,7 +18,6 @@ from experiments.simulator.calibration import (
     Jitter,
     Profile,
     ValidRange,
-    kv_blocks,
     kv_bytes_per_token,
     linear_flop_per_token,
     load_calibration,
@@ -29,7 +25,7 @@ from experiments.simulator.calibration import (
 )
 from experiments.simulator.cost_model import CostModel, jitter_factors
 from experiments.simulator.simulator import simulated_engine
-from experiments.spec.spec import EngineSettings, load_model, read_yaml
+from experiments.spec.spec import EngineSettings, load_model
 
 YI = EngineSettings("cuda", "yi-34b", 2, "float16", "dummy", 2048, 128, 8192, None, None, 0.85)
 MISTRAL = replace(YI, model="mistral-7b", tensor_parallel=1)
@@ -130,17 +126,6 @@ def test_shapes_by_hand() -> None:
     assert kv_bytes_per_token(yi, 2, "float16") == 2 * 128 * 4 * 60 * 2
 
 
-def test_kv_blocks() -> None:
-    calibration = load_calibration("a100-yi-34b-tp2")
-    assert kv_blocks(YI, calibration) == int((0.85 * 80e9 - weight_bytes(load_model("yi-34b"), 2, "float16")) // (16 * 122_880))
-    assert kv_blocks(replace(YI, kv_cache_gib=1.0), calibration) == 2**30 // (16 * 122_880)
-    assert kv_blocks(YI, replace(calibration, kv_blocks=100)) == 100, "what the engine says of itself"
-    with pytest.raises(SpecError, match="size of the KV cache: got none; allowed: kv_cache_gib in the testbed, kv_blocks here"):
-        kv_blocks(MISTRAL, TOY)
-    with pytest.raises(SpecError, match="yi-34b: weights: got more than 8e"):
-        kv_blocks(replace(YI, gpu_memory_utilization=0.1), calibration)
-
-
 def test_jitter_does_not_depend_on_how_it_is_drawn() -> None:
     jitter = Jitter(sigma=0.1, tail_share=0.01, tail_excess=2.0)
     whole = jitter_factors(jitter, 7, 0, 1000)
@@ -157,27 +142,6 @@ def test_jitter_distribution() -> None:
     late = jitter_factors(Jitter(0.0, 0.05, 2.0), 1, 0, 200_000)
     assert np.mean(late > 1) == pytest.approx(0.05, rel=0.03)
     assert late[late > 1].mean() == pytest.approx(3.0, rel=0.03)
-
-
-def test_stored_calibrations_are_what_the_published_data_give() -> None:
-    published = read_yaml(CALIBRATIONS / "published" / "a100-2024.yaml")
-    yi = calibrate.calibrate_yi(published)
-    for fitted in (yi, calibrate.calibrate_mistral(published, yi)):
-        assert load_calibration(fitted.calibration) == calibrate.with_errors(fitted)
-        assert set(fitted.fixed_by) >= {"overhead_s", "linear", "decode", "jitter", "valid"}
-
-
-@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
-def test_the_command_speaks_json_or_not_at_all(
-    option: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(CALIBRATIONS / "published", tmp_path / "published")
-    monkeypatch.setattr(calibrate, "CALIBRATIONS", tmp_path)
-    assert calibrate.main([option]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == lines
-    assert all(set(json.loads(line)["held_out"]) == {"a100-2024-mistral-7b", "a100-2024-yi-34b-tp2"} for line in told)
-    assert load_calibration(str(tmp_path / "a100-2024-mistral-7b.yaml")) == load_calibration("a100-2024-mistral-7b")
 
 
 def test_yi_goes_through_its_steps_and_not_through_the_outlier() -> None:

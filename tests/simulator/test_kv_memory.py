@@ -12,9 +12,10 @@ import pytest
 
 from experiments.records.errors import SpecError
 from experiments.simulator import memory
-from experiments.simulator.calibration import CALIBRATIONS, weight_bytes
-from experiments.simulator.memory import BLOCK, GIB, REPORTED, activation_bytes, gpu_memory, vllm_default
-from experiments.spec.spec import EngineSettings, load_model
+from experiments.simulator.calibration import CALIBRATIONS, load_calibration, weight_bytes
+from experiments.simulator.memory import BLOCK, GIB, REPORTED, activation_bytes, gpu_memory, kv_blocks, vllm_default
+from experiments.spec.expand import expand
+from experiments.spec.spec import EngineSettings, load_figure, load_model, load_testbed
 
 LLAMA = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -62,10 +63,39 @@ def test_weights_are_those_that_models_state() -> None:
     assert weight_bytes(EXPERTS, 2, "fp8") == pytest.approx(30.5e9 / 2 + 2 * 151936 * 2048 / 2, rel=0.005)
 
 
-def test_a_model_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    settings = settings_of(LLAMA | {"num_hidden_layers": 320}, tmp_path)
-    with pytest.raises(SpecError, match=r"^GPU memory: got 75.2 GiB of a GPU for .*; allowed: as much; a higher TP splits it$"):
-        gpu_memory(settings, 79.19 * GIB)
+@pytest.mark.parametrize("testbed", ["a100", "gpu-80g-pair", "gpu-80g", "gpu-24g"])
+@pytest.mark.parametrize("figure", ["fig9a", "fig9b"])
+def test_every_gpu_testbed_fits_its_card(testbed: str, figure: str) -> None:
+    bed = load_testbed(testbed)
+    for session in expand(load_figure(figure), bed, replicates=1):
+        assert gpu_memory(session.engine, bed.requires.gpu_memory_gib * GIB).blocks * BLOCK >= session.engine.max_model_len
+
+
+def test_what_does_not_fit_is_refused_before_loading() -> None:
+    sessions = {s.model: s.engine for s in expand(load_figure("fig9a"), load_testbed("a100"), replicates=1)}
+    yi = replace(sessions["yi-34b-200k"], tensor_parallel=1)
+    came = r"64\.1 weights \+ 2\.8 a step \+ 1\.3 kept by vLLM \+ 3\.8 the longest request = 71\.8 GiB per GPU"
+    with pytest.raises(
+        SpecError, match=f"^yi-34b-200k: GPU memory: got {came}; allowed: 67.1, 0.85 of 79.0; use shorter prompts"
+    ):
+        gpu_memory(yi, 79 * GIB)
+    with pytest.raises(SpecError, match="or more or larger GPUs"):
+        gpu_memory(sessions["mistral-7b"], 21 * GIB)  # prompts of 16,384 tokens, unlike those of gpu-24g
+
+
+def test_blocks_of_a_simulated_engine() -> None:
+    """Of GPUs as vLLM leaves them; else what the testbed or the engine that was calibrated says."""
+    sessions = {s.model: s.engine for s in expand(load_figure("fig9b"), load_testbed("a100-sim"), 1)}
+    yi, calibration = sessions["yi-34b"], load_calibration("a100-yi-34b-tp2")
+    assert calibration.device_memory_bytes == REPORTED["a100_sxm"] * GIB
+    assert kv_blocks(yi, calibration) == gpu_memory(yi, 79.25 * GIB).blocks
+    assert kv_blocks(replace(yi, kv_cache_gib=1.0), calibration) == 2**30 // (16 * 122_880)
+    assert kv_blocks(yi, replace(calibration, kv_blocks=100)) == 100
+    came = "got none; allowed: kv_cache_gib in the testbed, or kv_blocks or device_memory_bytes here"
+    with pytest.raises(SpecError, match=f"^calibration a100-yi-34b-tp2: size of the KV cache: {came}$"):
+        kv_blocks(yi, replace(calibration, device_memory_bytes=None))
+    with pytest.raises(SpecError, match=r"yi-34b: GPU memory: got 32\.0 weights"):
+        kv_blocks(replace(yi, gpu_memory_utilization=0.1), calibration)
 
 
 @pytest.mark.parametrize(
