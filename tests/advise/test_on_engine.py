@@ -26,6 +26,7 @@ from experiments.simulator.calibration import Profile, ValidRange
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings, load_model, load_testbed
+from experiments.spec.workload import synthetic_trace
 
 H100, L40S, A10 = ("NVIDIA H100 80GB HBM3", 81559), ("NVIDIA L40S", 46068), ("NVIDIA A10", 23028)
 PAIRS: Links = {(0, 2): 12, (1, 3): 12}
@@ -153,15 +154,18 @@ def test_weights_in_fp8_stay_so() -> None:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[EngineSettings]:
-    """A known engine in the place of the real one; what it was started with to be calibrated."""
-    started = []
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineSettings, str]]:
+    """A known engine in the place of the real one; what it was started with to be calibrated, and on which GPUs."""
+    started: list[tuple[EngineSettings, str]] = []
 
     @contextmanager
-    def engines(settings: list[EngineSettings], _environment: dict[str, str]) -> Iterator[list[Any]]:
-        started.extend(settings)
-        wide = {"decode": Profile((0, 64), (0.0, 8e-3)), "valid": ValidRange(2048, 64, 3_000_000, 160_000)}
-        known = SimulatedEngine(settings[0], replace(KNOWN, models=(settings[0].model,), **wide), seed=5)
+    def engines(settings: list[EngineSettings], environment: dict[str, str]) -> Iterator[list[Any]]:
+        (one,) = settings
+        started.append((one, environment.get("CUDA_VISIBLE_DEVICES", "")))
+        wide = {"decode": Profile((0, 512), (0.0, 6e-2)), "linear": Profile((1, 16384), (0.0, 2.9))}
+        asked = {"models": (one.model,), "tensor_parallel": one.tensor_parallel}
+        covered = ValidRange(16384, 512, 10**9, 10**8)
+        known = SimulatedEngine(one, replace(KNOWN, **wide, **asked, valid=covered), 5, 4000 if environment else None)
         yield [partial(lambda engine, function, *words: function(engine, *words), known)]
 
     def known(session: Session) -> Session:
@@ -177,7 +181,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[EngineSettin
 
 
 def test_any_model_is_calibrated_once_and_confirmed(
-    engine: list[EngineSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: list[tuple[EngineSettings, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = model(tmp_path / "tiny", **TINY), model(tmp_path / "copy", **TINY)
     ask = ["--testbed=cpu", f"--out={tmp_path}", f"--report={tmp_path}", "TBT_P99=0.2", "--max-len=4096"]
@@ -188,7 +192,7 @@ def test_any_model_is_calibrated_once_and_confirmed(
     assert said.count("measured here, ") == 3
     assert f"vllm serve {first} " in said
     assert "--max-model-len 512 " in said
-    (settings,) = engine
+    ((settings, _),) = engine
     assert (settings.max_model_len, settings.max_budget, settings.max_batch) == (512, 512, 32)
     (path,) = (tmp_path / "here").glob("cpu-*tiny-*.yaml")
     assert recommend.main([*ask, f"--model={first}/config.json"]) == 0
@@ -202,7 +206,7 @@ def test_any_model_is_calibrated_once_and_confirmed(
 
 
 def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_loaded(
-    engine: list[EngineSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: list[tuple[EngineSettings, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huge = model(tmp_path / "big", **BIG | {"num_hidden_layers": 4000})
     for options, line in (
@@ -213,4 +217,34 @@ def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_loade
     ):
         assert recommend.main(["--testbed=cpu", f"--report={tmp_path}", f"--model={huge}", *options, "--", "TBT_P99=1"]) == 2
         assert capsys.readouterr().err.startswith(line)
+    assert not engine
+
+
+def test_on_gpus_it_is_calibrated_where_it_is_placed(
+    engine: list[tuple[EngineSettings, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The whole path on made-up cards that bridges join in pairs: engines for TP=2 get a pair, for TP=4 what is there."""
+    tiny, listed = model(tmp_path / "tiny", **TINY), [card(*H100, 4, number, "9.0") for number in range(4)]
+    ask = ["--testbed=gpu", f"--out={tmp_path}", f"--report={tmp_path}", f"--model={tiny}", "TBT_P99=0.5"]
+    with cards_here(tmp_path, listed, matrix(4, PAIRS), monkeypatch):
+        assert recommend.main([*ask, "--tp=2"]) == 0
+        assert recommend.main([*ask, "--tp=4"]) == 0
+    assert [(settings.tensor_parallel, numbers) for settings, numbers in engine] == [(2, "0,2"), (4, "0,2,1,3")]
+    assert {settings.max_budget for settings, _ in engine} == {8192}
+    said = capsys.readouterr().out
+    assert said.count("measured here, ") == 6
+    assert "--tensor-parallel-size 4 --dtype bfloat16 " in said
+    answer = json.loads(next(tmp_path.glob("recommend-gpu-*tiny.json")).read_text())
+    assert answer["settings"]["tensor_parallel"] == 4
+
+
+def test_a_server_that_runs_is_no_reason_to_calibrate(engine: list[tuple[EngineSettings, str]], tmp_path: Path) -> None:
+    mine = own(asked(model(tmp_path / "tiny", **TINY)), load_testbed("cpu"), [])
+    with pytest.raises(
+        SpecError, match=r"tiny: got no calibration of its engine here; make recommend without BENCH= makes one$"
+    ):
+        mine.case(synthetic_trace(), make=False)
     assert not engine
