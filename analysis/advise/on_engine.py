@@ -18,7 +18,7 @@ from experiments.calibrate.gpu import LARGEST, LONGEST, check_split, model_of, s
 from experiments.machine.gpus import NVLINK, devices, places, resources
 from experiments.records.errors import SpecError
 from experiments.records.provenance import gpus, machine, usable
-from experiments.records.terminal import console
+from experiments.records.terminal import paragraph
 from experiments.simulator import estimate
 from experiments.simulator.calibration import load_calibration, weight_bytes
 from experiments.simulator.memory import SHARE, gpu_memory
@@ -64,7 +64,7 @@ class Own:
                 raise SpecError(f"{self.name}: got no calibration of its engine here; make recommend without BENCH= makes one")
             from experiments.calibrate.here import calibrate  # not before: what fits takes long to import
 
-            console.print(f"{self.name} is new here: first a calibration of its engine, a minute and more")
+            paragraph(f"{self.name} is new here: first a calibration of its engine, a minute and more")
             longest = settings.max_model_len
             path = calibrate(settings, longest, testbed.testbed, estimate.HERE, self.called, testbed.nvlink)
         session = Session(
@@ -121,7 +121,7 @@ def own(options: argparse.Namespace, testbed: Testbed, missing: Sequence[str]) -
         gpu_memory_utilization=testbed.gpu_memory_utilization,
     )
     settings, place, memory = _placed(settings, shape, testbed, whole("TP", options.tp, 0, 8))
-    console.print(f"model {name}: {settings.dtype}, weights {told}{_where(place)}{memory and f'; {memory}'}")
+    paragraph(f"model {name}: {settings.dtype}, weights {told}{_where(place)}{memory and f'; {memory}'}")
     return Own(name, settings, max_len, place, testbed)
 
 

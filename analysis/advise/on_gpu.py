@@ -12,7 +12,7 @@ from analysis.advise.question import Question
 from analysis.advise.tell import bench_command
 from experiments.calibrate.gpu import LONGEST, calibration_of, model_of, tables
 from experiments.records.errors import SpecError
-from experiments.records.terminal import console
+from experiments.records.terminal import console, paragraph
 from experiments.simulator.memory import BLOCK, GIB, UTILIZATION
 from experiments.spec.expand import FEWEST_REQUESTS, Session
 from experiments.spec.spec import EngineSettings, ServingFigure, load_figure, load_model
@@ -76,7 +76,7 @@ def case_asked(options: argparse.Namespace) -> Case:
     max_len, figure = longest(options.model, options.max_len), load_figure("fig9b")
     assert isinstance(figure, ServingFigure)
     trace = choose_trace(options.trace, max_total=max_len)
-    console.print(describe_trace(trace))
+    paragraph(describe_trace(trace))
     check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
     config, name = model_of(options.model)
     quantized = load_model(config).get("quantization_config") or {}
@@ -118,19 +118,19 @@ def say(case: Case, advice: Advice, question: Question, words: Sequence[str]) ->
     parts = {"weights": memory.weights, "activations": memory.activations, "kept by vLLM": memory.kept}
     told = ", ".join(f"{what} {size / GIB:.1f}" for what, size in parts.items())
     left = memory.blocks * BLOCK * memory.per_token / GIB
-    console.print(f"memory per GPU: {memory.budget / GIB:.1f} GiB, {UTILIZATION:g} of what CUDA reports, of which {told}, "
+    paragraph(f"memory per GPU: {memory.budget / GIB:.1f} GiB, {UTILIZATION:g} of what CUDA reports, of which {told}, "
                   f"KV cache {left:.1f} GiB or {memory.blocks * BLOCK:,} tokens")  # fmt: skip
     small = "; steps of experts below 512 tokens by a factor of 2" if error.small_steps else ""
     off = f"end to end off by {error.ttft_p50 or 0:.0%} where it could be checked (Table 4), "
     off += f"by {error.end_to_end or 0:.0%} in public measurements"
-    console.print(f"from published kernel tables ({case.calibration.sources[0]}), unverified on this GPU; {off}{small}: "
+    paragraph(f"from published kernel tables ({case.calibration.sources[0]}), unverified on this GPU; {off}{small}: "
                   "the interval is that much wider")  # fmt: skip
     if advice.high > WIDEST * advice.low:
-        console.print(f"the interval is wider than a factor of {WIDEST:g}: measure there before relying on it")
-    console.print(f"not modelled: {MISSING}{'' if case.hit else ', prefix caching (HIT= says how much it finds)'}")
+        paragraph(f"the interval is wider than a factor of {WIDEST:g}: measure there before relying on it")
+    paragraph(f"not modelled: {MISSING}{'' if case.hit else ', prefix caching (HIT= says how much it finds)'}")
     if own := case.default:
         told = f"{own.budget} tokens and {own.max_batch} requests in a step"
-        console.print(f"vLLM's default on this GPU, {told}: {_default(advice)}")
+        paragraph(f"vLLM's default on this GPU, {told}: {_default(advice)}")
     if any(panel.model == words[0] for panel in load_figure("fig9b").panels):
-        console.print(f"verify there: make recommend MODEL={' '.join(words)}")
+        paragraph(f"verify there: make recommend MODEL={' '.join(words)}")
     console.print(f"verify by the command to paste and, in another shell: {bench_command(case, advice)}")

@@ -16,7 +16,7 @@ from analysis.advise.case import Case
 from experiments.records.errors import SpecError
 from experiments.records.metrics import NAMES, Served, served
 from experiments.records.record import Phase, Request
-from experiments.records.terminal import console
+from experiments.records.terminal import paragraph
 from experiments.simulator.calibration import Calibration, Floats, at_speed
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import FEWEST_REQUESTS
@@ -177,7 +177,7 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
     """
     scales, case = fitted(case, benches), replace(case, running=benches[0].setting)
     told = {"steps": scales.steps, "between_s": scales.between_s, "front_s": scales.front_s}
-    console.print(
+    paragraph(
         f"the server, from calibration {case.calibration.calibration}: steps take {scales.steps:.3g} times as long, "
         f"{1e3 * scales.between_s:.2g} ms between them, {1e3 * scales.front_s:.2g} ms a request before the engine has it"
     )
@@ -195,7 +195,7 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
             f"{words} {1e3 * seen[name]:.1f} ms (simulated {own[name]:+.0%}; from the others alone {left[name]:+.0%})"
             for name, words in NAMES.items()
         )
-        console.print(
+        paragraph(
             f"{bench.name}: {len(bench.arrivals)} requests at {bench.rate:.3g}/s, chunk size {bench.setting.budget}: {parts}"
         )
     if max(explained) > WORST:

@@ -12,17 +12,17 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 
 from analysis.advise.advice import TIE, Advice, Option, advise, option
 from analysis.advise.capacity import WORDS, Latency, Setting
-from analysis.advise.case import Case
+from analysis.advise.case import Case, evidence
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
-from analysis.advise.tell import curves, facts, marks, show
+from analysis.advise.tell import curves, facts, marks, show_command, show_headline, show_options
 from analysis.judge.load import REFERENCE
 from analysis.show.plots import save
 from analysis.show.plots_advice import capacity_figure
 from experiments.records.errors import SpecError
 from experiments.records.store import to_json, write_whole
-from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec, slug
 from experiments.spec.traces import describe_trace
@@ -89,7 +89,7 @@ def papers(options: argparse.Namespace, paper: PaperTargets) -> tuple[str, list[
         allowed = f"{', '.join(paper.tbt_p99)}; others with GPU=, see GPU=help"
         raise SpecError(f"MODEL: got {options.model!r}; allowed: {allowed}")
     trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
-    console.print(describe_trace(trace))
+    paragraph(describe_trace(trace))
     asked = {model: targets for model, targets in paper.tbt_p99.items() if options.model in ("", model)}
     return testbed.title, [(case_of(testbed, model, trace), targets) for model, targets in asked.items()]
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where, cases = f"{options.tp or 1} {options.gpu}", [(case, slos(case))]
     else:
         where, cases = papers(options, paper)
-    tables, points, answers = [], [], []
+    tables, found = [], list[tuple[str, Case, Advice, str]]()
     for case, targets in cases:
         check_gaps(case.trace, case.session.scale)
         search = case.search(Question())
@@ -122,12 +122,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
             advice = advise(case, search, question, also=[chosen])
             words = explain(case, advice, option(case, search, chosen, question.limits, advice.best.rate))
-            show(case, advice)
-            if options.gpu:
-                say(case, advice, question, [options.model, f"TBT_P99={target:g}"])
-            console.print(f"{name} target of the paper: {words}")
-            points.append(marks(case, advice))
-            answers.append({"target": name, "paper": words, **facts(case, advice)})
+            found.append((name, case, advice, words))
+    show_options({f"{case.model}, {name}": (case, advice) for name, case, advice, _ in found})
+    for case, _ in cases:
+        paragraph(f"evidence: {evidence(case)}")
+    answers = []
+    for name, case, advice, words in found:
+        answers.append({"target": name, "paper": words, **facts(case, advice)})
+        show_headline(case, advice)
+        paragraph(f"{name} target of the paper: {words}")
+        show_command(case, advice, answers[-1]["ttft_by_prompt"])
+        if options.gpu:
+            say(case, advice, advice.question, [options.model, f"TBT_P99={advice.question.targets['tbt_p99']:g}"])
+    points = [marks(case, advice) for _, case, advice, _ in found]
     named = "-".join([case.session.testbed, *([case.model] if options.gpu else [])])
     table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{slug(named)}"
     title = f"SIMULATED: capacity on {where}, median scheduling delay at most {paper.delay_p50:g} s; trace {case.trace.name}"

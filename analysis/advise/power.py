@@ -21,7 +21,7 @@ from experiments.engine.session import phases_of
 from experiments.machine.doctor import choose_testbed
 from experiments.records.errors import SpecError
 from experiments.records.metrics import point_phase
-from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result
 from experiments.simulator.estimate import calibrated, simulated_saturation
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import LoadPoint, expand, saturation_sessions
@@ -107,6 +107,22 @@ def search(figure: ServingFigure, testbed: Testbed, trace: Trace, claims: Sequen
     return found
 
 
+def tell_search(rows: Sequence[Mapping[str, float]]) -> dict[str, object]:
+    """Print and return what search found."""
+    for row in rows:
+        told = f"{row['replicates']:2.0f} replicates of {row['seconds']:g} s: all PASS with probability {row['together']:.2f}"
+        console.print(f"{told}, {row['minutes']:.0f} min")
+    return {"search": rows}
+
+
+def tell_power(found: Power, count: int) -> dict[str, object]:
+    """Print and return the power of this many replicates."""
+    each = ", ".join(f"{name} {share:.2f}" for name, share in found.claims.items())
+    said = f"SIMULATED with this machine's calibration, {count} replicates, a quiet machine: PASS with probability {each}"
+    paragraph(f"power     {said}; all together {found.together:.2f}", hang=" " * 10)
+    return {"power": found.claims, "together": found.together, "replicates": count}
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the power of each claim; 0, also where nothing can be said, and why; 2 for bad input."""
@@ -116,30 +132,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--search", action="store_true", help="which replicates and seconds of a trial suffice")
     options = parse(parser, argv)
     (testbed, _), figure = choose_testbed(options.testbed, options.out), load_figure(options.figure)
-    if not isinstance(figure, ServingFigure) or testbed.platform == "simulated" or testbed.serving is None:
-        result(power=None)
-        return 0
-    trace, claims = choose_trace(options.trace, max_total=figure.max_model_len), judged(figure, testbed)
-    try:
-        if options.search:
-            for row in (rows := search(figure, testbed, trace, claims)):
-                told = f"{row['replicates']:2.0f} replicates of {row['seconds']:g} s: all PASS with probability"
-                console.print(f"{told} {row['together']:.2f}, {row['minutes']:.0f} min")
-            result(search=rows)
-            return 0
-        logs = logs_of(simulated_metrics(figure, testbed, trace), claims)
-    except SpecError as error:
-        console.print(f"power     not known: {error}; make calibrate measures this machine")
-        result(power=None)
-        return 0
-    count = min(options.replicates or figure.replicates or testbed.replicates, logs.shape[1])
-    found = power(claims, logs, count)
-    each = ", ".join(f"{name} {share:.2f}" for name, share in found.claims.items())
-    console.print(
-        f"power     SIMULATED with this machine's calibration, {count} replicates, a quiet machine: PASS with probability"
-    )
-    console.print(f"          {each}; all together {found.together:.2f}")
-    result(power=found.claims, together=found.together, replicates=count)
+    told: dict[str, object] = {"power": None}
+    if isinstance(figure, ServingFigure) and testbed.platform != "simulated" and testbed.serving:
+        trace, claims = choose_trace(options.trace, max_total=figure.max_model_len), judged(figure, testbed)
+        try:
+            if options.search:
+                told = tell_search(search(figure, testbed, trace, claims))
+            else:
+                logs = logs_of(simulated_metrics(figure, testbed, trace), claims)
+                count = min(options.replicates or figure.replicates or testbed.replicates, logs.shape[1])
+                told = tell_power(power(claims, logs, count), count)
+        except SpecError as error:
+            paragraph(f"power     not known: {error}; make calibrate measures this machine", hang=" " * 10)
+    result(**told)
     return 0
 
 

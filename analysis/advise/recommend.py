@@ -10,19 +10,29 @@ from pathlib import Path
 
 from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
-from analysis.advise.case import Case, under
+from analysis.advise.case import Case, evidence, under
 from analysis.advise.on_engine import is_own, own
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.on_server import as_is, on_server, read_benches
 from analysis.advise.question import VARIABLES, Question, asked
-from analysis.advise.tell import bench_command, draw, facts, finite, serve_arguments, show, show_confirmed
+from analysis.advise.tell import (
+    bench_command,
+    draw,
+    facts,
+    finite,
+    serve_arguments,
+    show_command,
+    show_confirmed,
+    show_headline,
+    show_options,
+)
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed, problems
 from experiments.records.errors import SpecError
 from experiments.records.metrics import served_of
 from experiments.records.provenance import gpus
 from experiments.records.store import to_json, write_whole
-from experiments.records.terminal import arguments, command, console, parse, result, written
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.estimate import calibration_here
 from experiments.spec.expand import FEWEST_REQUESTS, expand
@@ -81,7 +91,7 @@ def case_here(options: argparse.Namespace, question: Question, server: bool) -> 
     `server`: of one that runs already, whose tokens are what they are; nothing is calibrated for it. Raises SpecError.
     """
     testbed, reason = choose_testbed(options.testbed, options.out, options.model)
-    console.print(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
+    paragraph(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
     simulated = testbed.platform == "simulated"
     if simulated:
         check_options(options, options.testbed)
@@ -90,7 +100,7 @@ def case_here(options: argparse.Namespace, question: Question, server: bool) -> 
     scale, longest = 1 if server else testbed.scale, mine.max_len if mine else load_figure("fig9b").max_model_len
     trace = choose_trace(options.trace, max_total=longest * scale // testbed.scale)
     divided = f"; lengths divided by {scale} here" if scale > 1 else ""
-    console.print(f"{describe_trace(trace)}{divided}")
+    paragraph(f"{describe_trace(trace)}{divided}")
     question.check(trace, scale)
     make = not missing and not server
     case = mine.case(trace, make) if mine else case_of(testbed, options.model, trace, make)
@@ -127,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         case, server = on_server(as_is(case), benches)
     question = replace(question, delay_s=DELAY_LIMIT_S / case.session.scale)
     case, search, advice = steady(under(case, question), question)
-    show(case, advice)
+    known = facts(case, advice)
+    show_headline(case, advice)
+    show_options({"": (case, advice)})
+    paragraph(f"evidence: {evidence(case)}")
+    show_command(case, advice, known["ttft_by_prompt"])
     if benches:
         console.print(f"verify: restart the server so, and {bench_command(case, advice)}")
     elif options.gpu:
@@ -135,13 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = confirm(case, advice, testbed) if testbed and not missing else []
     final = settled(advice, measured)
     if missing:
-        console.print(f"not measured: {missing[0]}")
+        paragraph(f"not measured: {missing[0]}")
     else:
         show_confirmed(advice, measured)
     if final != advice.best.setting:
         console.print(f"paste: {serve_arguments(case, final)}")
     path = options.report / f"recommend-{case.session.testbed}-{slug(case.model)}"
-    answer = {"format": 2, "testbed": case.session.testbed, **facts(case, advice), "vllm_serve": serve_arguments(case, final)}
+    answer = {"format": 2, "testbed": case.session.testbed, **known, "vllm_serve": serve_arguments(case, final)}
     answer |= {"server": server} if server else {}
     answer |= {"recommended": asdict(final), "measured": [finite(asdict(entry)) for entry in measured]}
     files = [Path(f"{path}.json"), *draw(case, search, advice, where, path)]

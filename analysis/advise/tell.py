@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import pandas as pd
 
 from analysis.advise.advice import Advice, Confirmed, Option, settled
 from analysis.advise.capacity import TARGETS, WORDS, Latency, Search, Setting, curve
-from analysis.advise.case import Case, evidence
+from analysis.advise.case import Case
 from analysis.show.plots import save
 from analysis.show.plots_advice import capacity_figure
 from experiments.engine.arguments import command_line, serving_arguments, serving_environment
 from experiments.records import terminal
 from experiments.records.metrics import NAMES
-from experiments.records.terminal import console
+from experiments.records.terminal import console, paragraph
 from experiments.spec.spec import model_path, read_yaml
 
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
@@ -59,8 +59,8 @@ def bench_command(case: Case, advice: Advice) -> str:
     )
 
 
-def show(case: Case, advice: Advice) -> None:
-    """Print the answer in words, and the options beside the best as a table."""
+def show_headline(case: Case, advice: Advice) -> None:
+    """Print the answer in words."""
     best, question = advice.best, advice.question
     what = f"{case.model}: chunk size {best.setting.budget}, at most {best.setting.max_batch} requests in a step"
     many = f"95 % interval {advice.low:.3g} to {advice.high:.3g}"
@@ -68,29 +68,46 @@ def show(case: Case, advice: Advice) -> None:
         words = f"{advice.value:.3g} requests/s ({many}) with {question}; {WORDS[best.bound_by]} forbids more"
     else:
         words = f"{WORDS[question.goal]} {advice.value:.3g} s ({many}) with {question} {question.load}"
-    names = [name for name in dict.fromkeys((*NAMES, *question.targets, question.goal)) if name in TARGETS]
-    columns = (f"{WORDS[name]} ms" for name in names)
-    rows = []
-    known, default = {option.setting: option for option in (advice.default, best, *advice.neighbours) if option}, advice.default
+    console.print()
+    paragraph(f"{what}: {words}", style="bold")
+
+
+def show_options(answers: Mapping[str, tuple[Case, Advice]]) -> None:
+    """Print the options beside the best of each answer as one table, of which it is the part with that name."""
+    questions = [advice.question for _, advice in answers.values()]
+    asked = dict.fromkeys(name for each in questions for name in (*NAMES, *each.targets, each.goal))
+    names = [name for name in asked if name in TARGETS]
+    columns = ("chunk", "batch", "QPS", "to best", "bound by", *(f"{WORDS[name]} ms" for name in names))
+    console.print()
+    terminal.table(columns, {part: option_rows(*answer, names) for part, answer in answers.items()})
+    ((case, _), *_) = answers.values()
+    keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"
+    paragraph(f"SIMULATED; {keys}, seed {case.seeds[0]}")
+
+
+def option_rows(case: Case, advice: Advice, names: Sequence[str]) -> list[Sequence[str]]:
+    """A row for the best, each neighbour and what is known as the default, with the latencies of these names."""
+    best, default, rows = advice.best, advice.default, list[Sequence[str]]()
+    known = {option.setting: option for option in (default, best, *advice.neighbours) if option}
     for option in sorted(known.values(), key=lambda option: option.setting):
         own = default and option.setting == default.setting
-        name = str(option.setting.budget) + ((", now" if case.running else ", vLLM's") if own else "")
+        size = str(option.setting.budget) + ((", now" if case.running else ", vLLM's") if own else "")
         kept = f"{option.rate:.3g}" if option.rate else "no"
-        cost = f"{option.rate / best.rate - 1:+.0%}" if not question.load else ""
-        numbers = [f"{1e3 * option.latency[name]:.0f}" for name in names]
+        cost = f"{option.rate / best.rate - 1:+.0%}" if not advice.question.load else ""
         bound = WORDS[option.bound_by].removeprefix("median scheduling ")
-        rows.append((name, str(option.setting.max_batch), kept, cost, bound, *numbers))
-    console.print(f"\n{what}: {words}", style="bold")
-    terminal.table(("chunk", "batch", "QPS", "to best", "bound by", *columns), {"": rows})
-    keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"
-    console.print(f"SIMULATED; {keys}, seed {case.seeds[0]}")
-    if len(classes := ttft_by_prompt(case, best)) > 1:
+        latencies = (f"{1e3 * option.latency[name]:.0f}" for name in names)
+        rows.append((size, str(option.setting.max_batch), kept, cost, bound, *latencies))
+    return rows
+
+
+def show_command(case: Case, advice: Advice, classes: Sequence[Mapping[str, float]]) -> None:
+    """Print TTFT by length of prompt (classes: of ttft_by_prompt), and the command to paste."""
+    if len(classes) > 1:
         parts = (
             f"to {row['to']:,.0f} tokens ({row['share']:.0%}) P50 {row['p50']:.3g}, P99 {row['p99']:.3g}" for row in classes
         )
-        console.print(f"TTFT there by length of prompt, s: {'; '.join(parts)}")
-    console.print(f"evidence: {evidence(case)}")
-    console.print(f"paste: {serve_arguments(case, best.setting)}")
+        paragraph(f"TTFT there by length of prompt, s: {'; '.join(parts)}")
+    console.print(f"paste: {serve_arguments(case, advice.best.setting)}")
 
 
 def ttft_by_prompt(case: Case, option: Option) -> list[dict[str, float]]:
@@ -112,7 +129,7 @@ def show_confirmed(advice: Advice, found: Sequence[Confirmed]) -> None:
         pairs = ", ".join(f"{name} {measured:.1f} ms (simulated {simulated:.1f})" for name, measured, simulated in both)
         kept = "kept" if entry.kept else f"NOT kept, for {WORDS[one.within(advice.question.limits)[1]]}"
         load = f"chunk size {entry.setting.budget} at {entry.rate:.3g} requests/s"
-        console.print(f"measured here, {entry.requests} requests: {load}: {pairs}: {kept}")
+        paragraph(f"measured here, {entry.requests} requests: {load}: {pairs}: {kept}")
     final = settled(advice, found)
     if not any(entry.kept for entry in found):
         words = "no; none kept the targets on the engine, so take less load or looser targets"
@@ -120,7 +137,7 @@ def show_confirmed(advice: Advice, found: Sequence[Confirmed]) -> None:
         words = f"chunk size {final.budget} kept the targets on the engine"
     else:
         words = f"no; take chunk size {final.budget}, which kept them at the highest load of those measured"
-    console.print(f"confirmed: {words}")
+    paragraph(f"confirmed: {words}")
 
 
 def finite(value: Any) -> Any:

@@ -58,7 +58,7 @@ def prefill_figure(run: Run) -> Figure:
     beside = beside if intervals["in_paper"].any() else beside.iloc[:0]
     columns = 2 if len(beside) else 1
     tallest = max(1.0, *intervals[["relative_mean", "relative_mean_high"]].max(), beside["relative_mean"].max())
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns + 0.3, PANEL_INCHES[1] * len(models) + 0.8), layout="constrained")
+    figure = canvas(columns, PANEL_INCHES[1] * len(models) + 0.8, run.title)
     grid = figure.subplots(len(models), columns, squeeze=False, sharey=True)
     grid[0, 0].set_ylim(0, 1.24 * tallest)  # with room for the numbers above the bars
     for (axes, *second), model in zip(grid, models, strict=True):
@@ -74,7 +74,6 @@ def prefill_figure(run: Run) -> Figure:
         elif second:
             second[0].axis("off")
             second[0].text(0.5, 0.5, f"{model} is not in the paper's figure", ha="center", transform=second[0].transAxes)
-    entitle(figure, 48 * columns, run.title)
     sizes = _sizes([*intervals["chunk_size"], *beside["chunk_size"]])
     handles: list[Any] = [Patch(label=f"chunk size {size}", **look(size, run.simulated)) for size in sizes]
     handles += [Line2D([], [], label="unchunked = 1", **DASHED)]
@@ -82,10 +81,12 @@ def prefill_figure(run: Run) -> Figure:
     return figure
 
 
-def entitle(figure: Figure, letters: int, *parts: str) -> None:
-    """A title of these parts, each on lines of its own, of at most `letters`."""
-    lines = [textwrap.fill(part, letters, break_on_hyphens=False) for part in parts]
+def canvas(columns: float, height: float, *title: str) -> Figure:
+    """An empty figure, `columns` panels wide and `height` inches high; each part of its title is on lines of its own."""
+    figure = Figure(figsize=(PANEL_INCHES[0] * columns + 0.3, height), layout="constrained")
+    lines = [textwrap.fill(part, round(48 * columns), break_on_hyphens=False) for part in title]
     figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=8.5, fontweight="bold")
+    return figure
 
 
 def colour(chunk_size: str) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.judge.load import chunk_order
-from analysis.show.plots import COLOURS, DASHED, PANEL_INCHES, colour, entitle, log_ticks, styled
+from analysis.show.plots import COLOURS, DASHED, PANEL_INCHES, canvas, colour, log_ticks, styled
 
 # The paper's chunk sizes have their colours of every figure; others are greys with different dashes.
 OTHERS = ("#888888", "#BBBBBB")
@@ -32,8 +32,7 @@ def capacity_figure(
     drawn as vertical lines. marks: model, target, capacity, low, high, label: the best of the simulation, with their interval.
     """
     models = list(dict.fromkeys(curves["model"]))
-    size = (1.25 * PANEL_INCHES[0] * len(models) + 0.3, 1.3 * PANEL_INCHES[1] + 1.0)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = canvas(1.25 * len(models), 1.3 * PANEL_INCHES[1] + 1.0, title)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         rows = curves[curves["model"] == model]
         _curves(axes, rows, unchunked)
@@ -46,7 +45,6 @@ def capacity_figure(
         axes.set(title=f"SIMULATED: {model}", xlabel="P99 TBT target (s)", ylabel="capacity (requests/s)")
         axes.set(xscale="log", xlim=(rows["target"].min(), rows["target"].max()), ylim=(0, None))
         log_ticks(axes.xaxis)
-    entitle(figure, 62 * len(models), title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2 * len(models))
@@ -76,7 +74,8 @@ def validation_figure(table: pd.DataFrame, machine: str) -> Figure:
     """A panel per metric of `table` (analysis.advise.validate.compare): a point on the line was predicted exactly."""
     sizes = sorted(table["chunk_size"].unique(), key=chunk_order)
     marks = dict(zip(sorted(table["model"].unique()), "osD^", strict=False))
-    figure = Figure(figsize=(2.4 * len(PANELS), PANEL_INCHES[1] + 1.1), layout="constrained")
+    title = (f"SIMULATED predictions against measurements: {machine}", "bands: 10 % and 25 %")
+    figure = canvas(0.7 * len(PANELS), PANEL_INCHES[1] + 1.1, *title)
     for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         _predicted(axes, table[table["metric"] == metric], marks)
         axes.set_xlabel(f"measured {label}")
@@ -85,7 +84,6 @@ def validation_figure(table: pd.DataFrame, machine: str) -> Figure:
     looks += [("s", colour(size), size if size == "unchunked" else f"chunk size {size}") for size in sizes]
     handles = [Line2D([], [], marker=mark, color=shade, label=label, **POINT) for mark, shade, label in looks]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    figure.suptitle(f"SIMULATED predictions against measurements: {machine}\nbands: 10 % and 25 %", fontsize=8.5)
     return figure
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis.judge.load import Run
-from analysis.show.plots import PANEL_INCHES, entitle, styled
+from analysis.show.plots import canvas, styled
 from analysis.show.plots_serving import DECODE_COLOUR
 from experiments.records.documents import SCHEDULES, read_document
 
@@ -62,8 +62,7 @@ def schedule_figure(run: Run, tables: Sequence[pd.DataFrame]) -> Figure:
     """A panel for each start of the driver, a line for each node: planned above, actual below."""
     shown = tables[-MOST_STARTS:]
     heights = [0.5 + 0.35 * rows["node"].nunique() for rows in shown]
-    figure = Figure(figsize=(2 * PANEL_INCHES[0], sum(heights) + 0.9), layout="constrained")
-    entitle(figure, 96, "schedule, planned and actual", run.title)
+    figure = canvas(2, sum(heights) + 0.9, "schedule, planned and actual", run.title)
     for axes, rows in zip(figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0], shown, strict=True):
         _panel(axes, rows)
     handles = [Patch(label="planned", **PLANNED), Patch(label="actual", **ACTUAL)]

@@ -49,9 +49,7 @@ def serving_figure(run: Run) -> Figure:
     """Figure 9b: a row per model, a panel per QPS; in it P50 TTFT and P99 TBT by chunk size, each on its own scale from 0."""
     panels = [[rows for _, rows in of_model.groupby("qps")] for _, of_model in finished(run).groupby("model")]
     shape = max(1, len(panels)), max([len(row) for row in panels], default=1)
-    size = (plots.PANEL_INCHES[0] * shape[1] + 0.3, (plots.PANEL_INCHES[1] + 0.1) * shape[0] + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    plots.entitle(figure, 48 * shape[1], run.title)
+    figure = plots.canvas(shape[1], (plots.PANEL_INCHES[1] + 0.1) * shape[0] + 0.5, run.title)
     grid = figure.subfigures(*shape, squeeze=False, hspace=0.04, wspace=0.03)
     for place, row in zip(grid, panels, strict=False):
         for panel, rows in zip(place, row, strict=False):
@@ -83,8 +81,7 @@ def _bars(axes: Axes, rows: pd.DataFrame, metric: str, hatched: bool) -> None:
 @plots.styled
 def published_figure(run: Run, table: pd.DataFrame) -> Figure:
     """Table 4 of the paper, a panel per metric: what a simulated run's calibration makes of it beside what is published."""
-    figure = Figure(figsize=(2 * plots.PANEL_INCHES[0] + 0.3, 3.0), layout="constrained")
-    plots.entitle(figure, 96, "Table 4: Yi-34B, 128 requests of the original's trace at 1 request/s", run.title)
+    figure = plots.canvas(2, 3.0, "Table 4: Yi-34B, 128 requests of the original's trace at 1 request/s", run.title)
     for axes, (metric, rows) in zip(figure.subplots(1, len(NAMES)), table.groupby("quantity", sort=False), strict=True):
         for x, row in enumerate(rows.to_dict("records")):
             looks = plots.look("512", hatched=True), plots.look("other", hatched=False)
@@ -104,8 +101,7 @@ def tradeoff_figure(run: Run) -> Figure:
     """A panel per model: P50 TTFT over P99 TBT, a curve per QPS, its points labelled by chunk size. Nearer 0 is better."""
     models = [rows for _, rows in finished(run).groupby("model")]
     columns = max(1, len(models))
-    figure = Figure(figsize=(plots.PANEL_INCHES[0] * columns + 0.3, 3.6), layout="constrained")
-    plots.entitle(figure, 48 * columns, "trade-off between TTFT and TBT", run.title)
+    figure = plots.canvas(columns, 3.6, "trade-off between TTFT and TBT", run.title)
     for axes, rows in zip(figure.subplots(1, columns, squeeze=False)[0], models, strict=False):
         _curves(axes, rows)
         plots.ground(axes, run)
@@ -152,7 +148,7 @@ def tbt_figure(run: Run, model: str, qps: float) -> Figure:
             size, gaps = chunk_label(role["chunk_size"]), tbt(of_phase(trial.record, phase)).clip(GAPS[0], GAPS[-1])
             counts[size] = counts.get(size, 0) + np.histogram(gaps, GAPS)[0]
             rates.append(role["rate"])
-    figure = Figure(figsize=(plots.PANEL_INCHES[0] + 0.3, 2.9), layout="constrained")
+    figure = plots.canvas(1, 2.9, f"TBT of {model}, {load_words(qps, rates)}", run.title)
     axes = figure.subplots()
     for size in sorted(counts, key=chunk_order):
         longer = counts[size].sum() - counts[size].cumsum()  # than the right end of each interval
@@ -169,7 +165,6 @@ def tbt_figure(run: Run, model: str, qps: float) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.legend(loc="best", fontsize=6.5)
     plots.ground(axes, run)
-    plots.entitle(figure, 44, f"TBT of {model}, {load_words(qps, rates)}", run.title)
     return figure
 
 
@@ -186,7 +181,9 @@ def trial_figure(run: Run, trial: TrialRecord) -> Figure:
     ends, milliseconds = starts + steps["seconds"], 1e3 * steps["seconds"]
     edges = np.maximum.accumulate(np.column_stack([starts, ends]).ravel())  # rounding may let an end pass the next start
     mixed, decodes = steps["prefill_tokens"] > 0, steps["decode_tokens"]
-    figure = Figure(figsize=(2 * plots.PANEL_INCHES[0] + 0.3, 4.2), layout="constrained")
+    load = load_words(role["qps"], [role["rate"]]) if role["rate"] else "all requests at once"
+    what = f"{trial.facts['model']}, chunk size {chunk_label(role['chunk_size'])}, {load}, seed {trial.facts['seed']}"
+    figure = plots.canvas(2, 4.2, what + drawn, run.title)
     time, batch, queue = rows = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
     _areas(time, edges, milliseconds.where(mixed, 0), PREFILL_COLOUR, label="prefill (top: steps that hold some)")
     _areas(time, edges, milliseconds.where(~mixed, 0), DECODE_COLOUR, label="decode (top: steps of nothing else)")
@@ -202,9 +199,6 @@ def trial_figure(run: Run, trial: TrialRecord) -> Figure:
     queue.set_xlabel("seconds since the first request arrived")
     figure.align_ylabels(rows)
     figure.legend(loc="outside lower center", ncols=3)
-    load = load_words(role["qps"], [role["rate"]]) if role["rate"] else "all requests at once"
-    what = f"{trial.facts['model']}, chunk size {chunk_label(role['chunk_size'])}, {load}, seed {trial.facts['seed']}"
-    plots.entitle(figure, 100, what + drawn, run.title)
     return figure
 
 

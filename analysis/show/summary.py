@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -149,17 +149,26 @@ def spread(row: Mapping[Any, Any], name: str, form: str, factor: float = 1.0, en
     return number(value, form) if pd.isna(low) or low == high else f"{value:{form}} ({low:{form}}-{high:{form}})"
 
 
-def show_prefill(run: Run, table: pd.DataFrame) -> None:
-    """Print the table of Figure 9a."""
+def _parts(table: pd.DataFrame, at: str, cells: Callable[[Mapping[Any, Any]], Sequence[str]]) -> dict[str, list[Sequence[str]]]:
+    """Model -> its rows for terminal.table, those of one prompt length or QPS together."""
     parts: dict[str, list[Sequence[str]]] = {}
-    for (model, prompt), rows in table.groupby(["model", "prompt_length"], sort=False):
+    for (model, _), rows in table.groupby(["model", at], sort=False):
         part = parts.setdefault(str(model), [])
         part += [()] * bool(part)
-        for row in rows.to_dict("records"):
-            published = "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}"
-            times = (spread(row, "seconds", ".1f", 1e3), spread(row, "relative", ".2f"), published)
-            part.append((str(prompt), row["chunk_size"], *times))
-    terminal.table(("prompt", "chunk size", "prefill ms", "relative", "published"), parts)
+        part += map(cells, rows.to_dict("records"))
+    return parts
+
+
+def show_prefill(run: Run, table: pd.DataFrame) -> None:
+    """Print the table of Figure 9a."""
+
+    def cells(row: Mapping[Any, Any]) -> Sequence[str]:
+        published = "" if pd.isna(row["published_relative"]) else f"{row['published_relative']:.2f}"
+        times = (spread(row, "seconds", ".1f", 1e3), spread(row, "relative", ".2f"), published)
+        return str(row["prompt_length"]), row["chunk_size"], *times
+
+    columns = ("prompt", "chunk size", "prefill ms", "relative", "published")
+    terminal.table(columns, _parts(table, "prompt_length", cells))
     told = ["prompt, chunk size: the paper's tokens", "relative: to the same session's unchunked prefill"]
     told += [f"{model}: a panel the paper does not have" for model in table.loc[~table["in_paper"], "model"].unique()]
     paragraph("; ".join(told))
@@ -169,20 +178,19 @@ def show_prefill(run: Run, table: pd.DataFrame) -> None:
 
 def show_serving(run: Run, table: pd.DataFrame) -> None:
     """Print the table of Figure 9b; the CSV holds every metric."""
-    parts: dict[str, list[Sequence[str]]] = {}
     factor, unit = time_unit([0.0, *table["ttft_p50"].dropna()])
     ttft = ".0f" if unit == "ms" else ".2f"
-    for (model, qps), rows in table.groupby(["model", "qps"], sort=False):
-        part = parts.setdefault(str(model), [])
-        part += [()] * bool(part)
-        tbt = ".1f" if rows["tbt_p99"].max() < 0.1 else ".0f"
-        for row in rows.to_dict("records"):
-            at = (f"{qps:g}", f"{row.get('load', row['rate']):.2f}", f"{row['chunk_size']}{'*' if row['truncated'] else ''}")
-            times = (spread(row, "ttft_p50", ttft, factor), spread(row, "tbt_p99", tbt, 1e3))
-            delay = number(factor * row["scheduling_delay_p50"], ttft)
-            part.append((*at, *times, delay, number(row["utilisation"], ".0%")))
+
+    def cells(row: Mapping[Any, Any]) -> Sequence[str]:
+        size = f"{row['chunk_size']}{'*' if row['truncated'] else ''}"
+        tbt = spread(row, "tbt_p99", ".1f" if row["tbt_p99"] < 0.1 else ".0f", 1e3)
+        delay, busy = number(factor * row["scheduling_delay_p50"], ttft), number(row["utilisation"], ".0%")
+        load = f"{row.get('load', row['rate']):.2f}"
+        return f"{row['qps']:g}", load, size, spread(row, "ttft_p50", ttft, factor), tbt, delay, busy
+
     second = "load" if "load" in table else "run at"
-    terminal.table(("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy"), parts)
+    columns = ("QPS", second, "chunk", f"P50 TTFT {unit}", "P99 TBT ms", f"delay {unit}", "busy")
+    terminal.table(columns, _parts(table, "qps", cells))
     what = "load: QPS over what that chunk size could serve" if "load" in table else "run at: requests per second here"
     paragraph(f"QPS, chunk: the paper's; {what}; delay: median scheduling delay")
 

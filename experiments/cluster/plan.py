@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -211,9 +212,9 @@ class Plan:
             f"estimate  {cost}; nothing to attend to",
             *map(_slot_line, placed[:SLOTS_SHOWN]),
             *([f"          and {len(placed) - SLOTS_SHOWN} sessions more"] if len(placed) > SLOTS_SHOWN else []),
-            f"outputs   {self.run.folder}",
         ]
-        return "\n".join(lines)
+        how: dict[str, Any] = {"subsequent_indent": " " * 10, "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join([*(textwrap.fill(line, 80, **how) for line in lines), f"outputs   {self.run.folder}"])
 
 
 def drawn_from(trace: Trace, figure: ServingFigure, testbed: Testbed) -> ServingFigure:

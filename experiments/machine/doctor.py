@@ -20,7 +20,7 @@ from typing import Any
 from experiments.machine.gpus import kind_of_place, places, resources
 from experiments.records.errors import SpecError
 from experiments.records.provenance import CAPABILITY, TAKEN_MIB, gpus, machine, usable, visible
-from experiments.records.terminal import arguments, command, console, parse, result, tell
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result, tell
 from experiments.spec.spec import TESTBEDS, Testbed, load_testbed
 
 PREFERENCE = ("a100", "gpu-80g-pair", "gpu-80g", "gpu-24g")  # auto: the paper's machine, then the largest GPU's
@@ -140,15 +140,15 @@ def report(out: Path) -> None:
     """Print every testbed with 'ready' or 'not here', then what is missing, each with the testbeds that want it."""
     cards, here, missing, lacking = gpus(), machine(), dict[str, list[str]](), dict[str, list[str]]()
     size = f"{here['cores']} cores, {here['memory_gib']} GiB, {len(cards)} NVIDIA GPUs"
-    console.print(f"this machine: {here['cpu']}, {size}")
+    paragraph(f"this machine: {here['cpu']}, {size}")
     for path in sorted(TESTBEDS.glob("*.yaml")):
         testbed = load_testbed(path.stem)
         missing[path.stem] = problems(testbed, out, cards)
-        console.print(f"{path.stem:13} {'not here' if missing[path.stem] else 'ready'}: {testbed.title}")
+        paragraph(f"{path.stem:13} {'not here' if missing[path.stem] else 'ready'}: {testbed.title}", hang=" " * 14)
         for problem in missing[path.stem]:
             lacking.setdefault(problem, []).append(path.stem)
     for problem, testbeds in lacking.items():
-        console.print(f"missing for {', '.join(testbeds)}: {problem}")
+        paragraph(f"missing for {', '.join(testbeds)}: {problem}", hang="  ")
     result(machine=here, testbeds=missing)
 
 

@@ -109,8 +109,8 @@ def table(columns: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]]) 
     An empty row sets apart those that follow.
     """
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for number, column in enumerate(columns):
-        view.add_column(column, justify="right", no_wrap=number > 0, overflow="fold")
+    for column in columns:
+        view.add_column(column, justify="right", overflow="fold")
     for name, rows in parts.items():
         view.add_section()
         if name:
@@ -121,11 +121,13 @@ def table(columns: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]]) 
     console.print()
 
 
-def paragraph(text: str, indent: str = "") -> None:
-    """Print by words, in lines of at most 80 columns; a word that is longer, such as a path, stays whole."""
-    width = min(80, console.width) - len(indent)
-    wrapped = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    console.print(textwrap.indent("\n".join(wrapped), indent))
+def paragraph(text: str, indent: str = "", hang: str = "", style: str | None = None) -> None:
+    """Print by words, in lines of at most 80 columns; a word that is longer, such as a path, stays whole.
+
+    hang: begins all lines but the first, after the indent.
+    """
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "initial_indent": indent}
+    console.print(textwrap.fill(text, min(80, console.width), subsequent_indent=indent + hang, **how), style=style)
 
 
 def took() -> str:

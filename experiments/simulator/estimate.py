@@ -13,7 +13,7 @@ from experiments.engine.session import phases_of
 from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, saturation_throughput
 from experiments.records.provenance import machine, sha256
-from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result
 from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = load_fractions(trace)
     for model, fractions in sorted(found.items()):
         shown = ", ".join(f"{fraction:.2f}" for fraction in fractions)
-        console.print(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
+        paragraph(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
     result(trace=trace.name, load_fractions=found)
     return 0
 

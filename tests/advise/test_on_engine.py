@@ -64,7 +64,7 @@ def test_a_large_model_is_placed_by_the_topology(
         found = own(asked(model(tmp_path / "big", **BIG), tp), load_testbed("gpu"), [])
     assert found.settings.tensor_parallel == size
     assert (found.settings.dtype, found.settings.weights, found.settings.max_model_len) == ("bfloat16", "dummy", 8192)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert f"model {tmp_path}/big: bfloat16, weights dummy (no safetensors beside its config.json); {words}" in said
     assert " GiB per GPU for the KV cache" in said
 
@@ -186,7 +186,7 @@ def test_any_model_is_calibrated_once_and_confirmed(
     first, second = model(tmp_path / "tiny", **TINY), model(tmp_path / "copy", **TINY)
     ask = ["--testbed=cpu", f"--out={tmp_path}", f"--report={tmp_path}", "TBT_P99=0.2", "--max-len=4096"]
     assert recommend.main([*ask, f"--model={first}"]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "float32, weights dummy" in said
     assert "is new here: first a calibration" in said
     assert said.count("measured here, ") == 3

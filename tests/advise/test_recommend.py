@@ -138,7 +138,11 @@ def test_a_trace_of_one_request(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_capacity_of_the_papers_machines(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert paper_capacity.main(["--trace", str(trace), "--report", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
+    commands = [line for line in out.splitlines()[:-1] if line.startswith("paste: ")]  # the last line names files
+    assert max(len(line) for line in out.splitlines()[:-1] if line not in commands) <= 80
+    said = " ".join(out.split())
+    assert said.count("bound by") == 1 + said.count(", bound by")  # one heading for all models and targets
     assert said.count("strict target of the paper: ") == said.count("relaxed target of the paper: ") == 2
     answers = json.loads((tmp_path / "capacity-a100-sim.json").read_text())["answers"]
     assert [(a["model"], a["target"]) for a in answers] == [
@@ -262,7 +266,7 @@ def test_what_is_said_of_the_measurements(kept: tuple[bool, bool], words: str, c
     seen = (1.8, 60, Latency(tbt_p99=0.09, ttft_p50=0.21, delay_p50=0.0), Latency(tbt_p99=0.1, ttft_p50=0.2))
     found = [Confirmed(Setting(size, 128), *seen, ok) for size, ok in zip((512, 256), kept, strict=True)]
     show_confirmed(advice, found)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert words in said
     assert "chunk size 512 at 1.8 requests/s: P50 TTFT 210.0 ms (simulated 200.0), P99 TBT 90.0 ms (simulated 100.0)" in said
 
@@ -288,7 +292,7 @@ def test_the_engine_has_the_last_word(
     monkeypatch.setattr(recommend, "serve_loads", simulated_loads)
     monkeypatch.setattr(recommend, "TRIAL_SECONDS", 8.0)
     assert ask(tmp_path, trace, "TBT_P99=0.1", "--testbed", "a100") == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert said.count("measured here, ") == 3
     assert "confirmed: " in said
     answer = json.loads((tmp_path / "recommend-a100-mistral-7b.json").read_text())

@@ -24,6 +24,7 @@ from experiments.calibrate.here import calibrate, settings_of
 from experiments.engine.engine_process import engines
 from experiments.records.metrics import NAMES, Served, saturation_throughput, served_of
 from experiments.records.record import Phase, Record, Request
+from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.simulator import SimulatedEngine
@@ -103,7 +104,7 @@ def measure(case: Case, folder: Path) -> dict[str, list[Served]]:
 
     def keep(name: str, found: dict[str, Any]) -> Bench:
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(found))
+        write_whole(path, json.dumps(found))
         return read_runs([path], settings.max_budget)[0]
 
     with engines([settings]) as (run,), bench_serve.serving(settings) as bench:

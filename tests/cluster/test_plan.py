@@ -173,10 +173,10 @@ def test_what_is_cut_to_the_models_length_is_told(tmp_path: Path, capsys: pytest
     whole = synthetic_trace()
     cut = int((whole.prompt + whole.output > 4096).sum())
     told = f"synthetic-sharegpt (synthetic, 30,731 requests, {cut:,} of them cut to 4,096 tokens, at most 1,024 a trial)"
-    assert told in capsys.readouterr().out
+    assert told in " ".join(capsys.readouterr().out.split())
     mine = written(tmp_path / "mine.csv", 2000)
     assert main([str(tmp_path / "short.yaml"), "--testbed", "a100-sim", "--plan", "--trace", mine, "--out", str(tmp_path)]) == 0
     drawn = synthetic_trace(2000)
     long = int((drawn.prompt + drawn.output > 4096).sum())
     told = f"mine.csv (file, {2000 - long:,} requests, at most 1,024 a trial; left out: {long} ({long / 20:.3g} %) of more"
-    assert told in capsys.readouterr().out
+    assert told in " ".join(capsys.readouterr().out.split())

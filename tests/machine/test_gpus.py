@@ -305,7 +305,7 @@ def test_a_gpu_whose_memory_nvidia_smi_does_not_know(
     (four_cards / "cards").write_text("NVIDIA GB10, [N/A], [N/A], [N/A], [N/A], [N/A]\n")
     assert [(card["memory_mib"], card["used_mib"], card["capability"]) for card in doctor.gpus()] == [(0, 0, None)]
     doctor.report(tmp_path)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "GPUs: NVIDIA GB10 of unknown memory; 1 x any with 22 GiB are needed" in said
     assert "NVIDIA driver [N/A]; 580 or newer is needed" in said
 
