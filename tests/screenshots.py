@@ -1,4 +1,4 @@
-"""Part of `make pictures`: the pictures of docs/, from the last runs, and screenshots of the report, by headless Chromium.
+"""Part of `make pictures`: pictures and table of docs/ from the last runs, and screenshots of the report, by headless Chromium.
 
 The page is also watched: no line on its console, no request but for the file itself. Installs Debian's chromium by apt where it
 is missing (needs root then).
@@ -6,6 +6,7 @@ is missing (needs root then).
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ QUIET += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # whatever is asked for, not
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-default-browser-check"]
 
 
+FOLLOWS, PRECEDES = "<!-- make pictures writes what follows -->\n", "<!-- make pictures wrote what precedes -->"
 OWN = re.compile(r"https?://[\w.-]+\.(google|googleapis|gvt1)\.com/")  # what Chromium asks for by itself, whatever the page
 
 
@@ -73,6 +75,20 @@ def overflow(page: Path, width: int) -> list[str]:
     return [f"the page is {wide} pixels wide on a screen of {max(width, 500)}"] if wide > max(width, 500) else []
 
 
+def choices() -> str:
+    """The table of docs/today.md: for each of the paper's targets the best chunk size and the paper's, by the two machines."""
+    rows: dict[str, list[str]] = {}
+    for machine in ("a100-2024-sim", "a100-sim"):
+        for answer in json.loads((REPORT / f"capacity-{machine}.json").read_text())["answers"]:
+            best, target = answer["best"], answer["question"]["targets"]["tbt_p99"]
+            cell = f"{best['setting']['budget']}: {best['rate']:.3g} requests/s"
+            theirs = re.match(r"the paper chose otherwise: (\d+) carries ([\d.]+) requests/s \((.*?)\)", answer["paper"])
+            cell += f"; the paper's {theirs[1]}: {theirs[2]} ({theirs[3]})" if theirs else ", the paper's choice too"
+            rows.setdefault(f"| {answer['model']}, {answer['target']}, {target:g} s", []).append(cell)
+    head = "| target of P99 TBT | on the paper's engine | on a recent vLLM |\n| --- | --- | --- |\n"
+    return head + "".join(f"{name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 if the page asks for something, says something or is too wide; 2 without a report."""
@@ -80,19 +96,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = REPORT / "index.html"
     sources = {name: (REPORT / f"{source}.png", told) for name, (source, told) in PICTURES.items()}
     sources["report"] = (page, "make verify report")
+    sources["choices"] = (REPORT / "capacity-a100-2024-sim.json", "make capacity TESTBED=a100-2024-sim")
     for source, told in sources.values():
         if not source.is_file():
             raise SpecError(f"{source}: no such file; {told} makes it")
     for name in PICTURES:
         write_whole(DOCS / f"{name}.png", sources[name][0].read_bytes())
+    before, after = (DOCS / "today.md").read_text().split(FOLLOWS)[0], (DOCS / "today.md").read_text().split(PRECEDES)[1]
+    write_whole(DOCS / "today.md", f"{before}{FOLLOWS}\n{choices()}\n{PRECEDES}{after}")
     found: list[str] = []
     for name, size in SCREENS.items():
         write_whole(DOCS / f"{name}.png", lambda part, size=size: found.extend(screenshot(page, part, size)))
     found += overflow(page, SCREENS["report-phone"][0])
-    pictures = [DOCS / f"{name}.png" for name in (*PICTURES, *SCREENS)]
+    files = [DOCS / "today.md", *(DOCS / f"{name}.png" for name in (*PICTURES, *SCREENS))]
     console.print("\n".join(found) or "the report page writes nothing to the browser's console and asks for nothing")
-    console.print(written(*pictures))
-    result(files=pictures, problems=found)
+    console.print(written(*files))
+    result(files=files, problems=found)
     return 1 if found else 0
 
 
