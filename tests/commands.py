@@ -17,7 +17,7 @@ from experiments.records.provenance import ROOT
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 LIST = ROOT / "docs" / "testing.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
-INLINE = re.compile(r"`((?:make|\.venv/bin/python)(?: [^`]+)?)`")
+INLINE = re.compile(r"`((?:make|\.venv/bin/python)(?:\s[^`]+)?)`")
 PLACEHOLDER = re.compile(r"\.\.\.|[= ](?:N|NAME|STAGE|name|file)\b|\*$|^make recommend$")  # or a target that asks for more
 QUICK = ["make", "make help-all", "make doctor"]
 # What make test-docs runs, in this order: what a command needs is left by those before it. `*` stands for any end.
