@@ -125,7 +125,9 @@ def advise(case: Case, search: Search, question: Question, also: Sequence[Settin
         words = f"at least {search.rate(HIGHEST - 1):.3g} requests/s, the highest load looked at; this trial cannot tell"
         raise SpecError(f"{case.model}: {question}: {words}; tighter targets are needed, or a longer TRACE")
     rates = [capacity.rate for capacity in capacities]
-    slow, fast = (found / rates[0] for found in model_error(case, search, question, best.setting, rates[0]))
+    slow, fast = model_error(
+        case, question, lambda other: other.capacity(best.setting, limits, case.seeds[0], rates[0]).rate / rates[0]
+    )
     default = known_default(case, lambda setting: option(case, search, setting, limits, best.rate))
     return Advice(question, best, neighbours, *interval(rates, slow, fast, case.sampled), tuple(rates), default)
 
@@ -176,19 +178,9 @@ def known_default(case: Case, made: Callable[[Setting], Option]) -> Option | Non
     return None
 
 
-def model_error(case: Case, search: Search, question: Question, setting: Setting, rate: float) -> tuple[float, float]:
-    """Capacity if every step took longer, or shorter, by the calibration's error, see Case.off.
-
-    A machine that is slower by f serves a rate as this one serves f times the rate, with latencies f times as long: the
-    simulations at hand tell it, but where small steps are off by more.
-    """
-    factor, seed, limits = 1 + case.off, case.seeds[0], question.limits
-    if case.calibration.error.small_steps:
-        trials = (case.slower(f).search(question) for f in (factor, 1 / factor))
-        slow, fast = (trial.capacity(setting, limits, seed, rate).rate for trial in trials)
-        return slow, fast
-    slow = search.capacity(setting, limits.times(1 / factor), seed, rate).rate / factor
-    fast = search.capacity(setting, limits.times(factor), seed, rate).rate * factor
+def model_error(case: Case, question: Question, found: Callable[[Search], float]) -> tuple[float, float]:
+    """What is found if every step took longer, and if shorter, by the calibration's error, see Case.off."""
+    slow, fast = (found(case.slower(factor).search(question)) for factor in (1 + case.off, 1 / (1 + case.off)))
     return slow, fast
 
 
@@ -211,7 +203,7 @@ def interval(values: Sequence[float], down: float, up: float, sampled: float = 0
 def advise_load(case: Case, search: Search, question: Question) -> Advice:
     """At a load that is given, the setting with the lowest latency of those that keep the limits. In a closed loop the rate is
     what users and latency make of it (Little's law), and no arrival heeds the one that is put to the search."""
-    limits, goal, factor = question.limits, question.goal, 1 + case.off
+    limits, goal = question.limits, question.goal
     rate, users = question.rate or 1.0, question.users
 
     @cache
@@ -233,11 +225,7 @@ def advise_load(case: Case, search: Search, question: Question) -> Advice:
     best = found[0]
     beside = [Setting(size, best.max_batch) for size in around(best.budget, [setting.budget for setting in swept])]
     values = [at(best, seed)[goal] for seed in case.seeds]
-    if case.calibration.error.small_steps:
-        trials = (case.slower(f).search(question) for f in (factor, 1 / factor))
-        slow, fast = (trial.serve(best, rate, case.seeds[0])[goal] / values[0] for trial in trials)
-    else:
-        slow, fast = (search.serve(best, rate * f, case.seeds[0])[goal] * f / values[0] for f in (factor, 1 / factor))
+    slow, fast = model_error(case, question, lambda other: other.serve(best, rate, case.seeds[0])[goal] / values[0])
     known = interval(values, fast, slow, case.sampled)
     return Advice(question, made(best), tuple(map(made, beside)), *known, tuple(values), known_default(case, made))
 

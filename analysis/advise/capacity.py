@@ -46,10 +46,6 @@ class Latency(dict[str, float]):
         name = max(ratios, key=ratios.__getitem__, default="nothing")
         return math.log(max(ratios.get(name, 0.0), 1e-9)), name
 
-    def times(self, factor: float) -> Latency:
-        """All of them longer by a factor."""
-        return Latency({name: factor * value for name, value in self.items()})
-
 
 @dataclass(frozen=True)
 class Capacity:

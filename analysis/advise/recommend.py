@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from analysis.advise import tell
 from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
 from analysis.advise.case import Case, evidence, under
@@ -15,17 +16,6 @@ from analysis.advise.on_engine import is_own, own
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.on_server import as_is, on_server, read_benches
 from analysis.advise.question import VARIABLES, Question, asked
-from analysis.advise.tell import (
-    bench_command,
-    draw,
-    facts,
-    finite,
-    serve_arguments,
-    show_command,
-    show_confirmed,
-    show_headline,
-    show_options,
-)
 from experiments.cluster.trials import TRIAL_SECONDS, Load, load_sessions, serve_loads
 from experiments.machine.doctor import choose_testbed, problems
 from experiments.records.errors import SpecError
@@ -137,13 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         case, server = on_server(as_is(case), benches)
     question = replace(question, delay_s=DELAY_LIMIT_S / case.session.scale)
     case, search, advice = steady(under(case, question), question)
-    known = facts(case, advice)
-    show_headline(case, advice)
-    show_options({"": (case, advice)})
+    known = tell.facts(case, advice)
+    tell.show_headline(case, advice)
+    tell.show_options({"": (case, advice)})
     paragraph(f"evidence: {evidence(case)}")
-    show_command(case, advice, known["ttft_by_prompt"])
+    tell.show_command(case, advice, known["ttft_by_prompt"])
     if benches:
-        console.print(f"verify: restart the server so, and {bench_command(case, advice)}")
+        console.print(f"verify: restart the server so, and {tell.bench_command(case, advice)}")
     elif options.gpu:
         say(case, advice, question, [options.model, *options.question])
     measured = confirm(case, advice, testbed) if testbed and not missing else []
@@ -151,14 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         paragraph(f"not measured: {missing[0]}")
     else:
-        show_confirmed(advice, measured)
+        tell.show_confirmed(advice, measured)
     if final != advice.best.setting:
-        console.print(f"paste: {serve_arguments(case, final)}")
+        console.print(f"paste: {tell.serve_arguments(case, final)}")
     path = options.report / f"recommend-{case.session.testbed}-{slug(case.model)}"
-    answer = {"format": 2, "testbed": case.session.testbed, **known, "vllm_serve": serve_arguments(case, final)}
+    answer = {"format": 2, "testbed": case.session.testbed, **known, "vllm_serve": tell.serve_arguments(case, final)}
     answer |= {"server": server} if server else {}
-    answer |= {"recommended": asdict(final), "measured": [finite(asdict(entry)) for entry in measured]}
-    files = [Path(f"{path}.json"), *draw(case, search, advice, where, path)]
+    answer |= {"recommended": asdict(final), "measured": [tell.finite(asdict(entry)) for entry in measured]}
+    files = [Path(f"{path}.json"), *tell.draw(case, search, advice, where, path)]
     write_whole(files[0], to_json(answer))
     console.print(written(*files))
     result(**answer, files=files)

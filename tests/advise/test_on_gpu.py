@@ -12,7 +12,7 @@ import pytest
 
 from analysis.advise import on_gpu, paper_capacity, recommend
 from analysis.advise.advice import model_error
-from analysis.advise.capacity import Latency, Setting
+from analysis.advise.capacity import Latency, Search, Setting
 from analysis.advise.question import Question
 from analysis.advise.tell import serve_arguments
 from experiments.records.errors import SpecError
@@ -70,18 +70,19 @@ def case(tmp_path: Path, **others: Any) -> Any:
 
 
 def test_longer_steps_are_what_the_law_says(tmp_path: Path) -> None:
-    """A machine slower by f: simulated anew with longer steps, and told from the simulations at hand."""
+    """A machine slower by f serves a rate as this one serves f times the rate, with latencies f times as long."""
     one, question, setting = case(tmp_path), Question(Latency(tbt_p99=0.1)), Setting(512, 128)
-    search = one.search(question)
-    rate = search.capacity(setting, question.limits, one.seeds[0]).rate
-    told = model_error(one, search, question, setting, rate)
-    small = replace(one, calibration=replace(WIDE, error=replace(ERROR, small_steps=0.3)))
-    anew = model_error(small, search, question, setting, rate)
-    assert anew == pytest.approx(told, rel=0.05)
-    twice = model_error(
-        replace(one, calibration=replace(WIDE, error=replace(ERROR, small_steps=1.0))), search, question, setting, rate
-    )
-    assert twice[0] < anew[0] < rate < anew[1] <= twice[1]
+
+    def capacity(search: Search, factor: float = 1.0) -> float:
+        limits = Latency({name: factor * limit for name, limit in question.limits.items()})
+        return search.capacity(setting, limits, one.seeds[0]).rate
+
+    search, f = one.search(question), 1 + one.off
+    anew = model_error(one, question, capacity)
+    assert anew == pytest.approx((capacity(search, 1 / f) / f, capacity(search, f) * f), rel=0.05)
+    small = replace(one, calibration=replace(WIDE, error=replace(ERROR, small_steps=1.0)))
+    twice = model_error(small, question, capacity)
+    assert twice[0] < anew[0] < capacity(search) < anew[1] <= twice[1]
 
 
 def test_a_setting_that_does_not_fit_the_memory_is_not_tried(tmp_path: Path) -> None:
