@@ -293,7 +293,7 @@ $(TABLES)/tables.stamp: docker/tables.lock
 	@$(LOCK) $(MADE); echo "setup: kernel tables (about 30 s, 600 MB of disk)" >&2; $(PIP) -r $<; $(DONE)
 
 tables: $(TABLES)/tables.stamp ## the calibrations of the paper's scale anew, from kernel tables and published steps; needs make trace {TRACE}
-	@for part in tables public; do $(TABLES)/bin/python -m experiments.calibrate.$$part $(if $(SAY),--quiet); done
+	@$(TABLES)/bin/python -m experiments.calibrate.tables $(if $(SAY),--quiet)
 	@$(TABLES)/bin/python -m experiments.calibrate.end_to_end $(WITH_TRACE) $(SAY)
 
 pictures: $(VENV)/core.stamp $(TABLES)/tables.stamp ## the pictures, screenshots and ten answers of docs/ anew, from the last runs; headless Chromium

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -21,7 +22,6 @@ from experiments.machine import doctor
 from experiments.machine.gpus import environment_here
 from experiments.records.errors import SpecError
 from experiments.records.provenance import sbom
-from experiments.records.record import Engine
 from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, parse, reason, result, tell, written
 from experiments.simulator.simulator import simulated_engine
@@ -89,19 +89,9 @@ def execute(plan: Plan, with_ray: bool = True) -> int:
 
 
 def _run_owed(plan: Plan, owed: dict[str, list[str]], totals: dict[str, float], with_ray: bool) -> dict[str, str]:
-    """Run it. Simulations need no Ray.
-
-    totals: session -> seconds that it is to take.
-    """
+    """Run it; what failed, with the reason. totals: session -> seconds that it is to take."""
     trials = sum(map(len, owed.values()))
-    if plan.testbed.platform == "simulated":
-        with Ticker(plan, trials, sum(totals.values())) as ticker:
-            for session in (session for session in plan.sessions if session.name in owed):
-                engine = partial(simulated_engine, seed=session.seed)
-                for found in run_session(session, owed[session.name], engine, plan.trace):
-                    ticker.store(found)
-        return {}
-    if not with_ray:
+    if plan.testbed.platform == "simulated" or not with_ray:
         with Ticker(plan, trials, sum(totals.values())) as ticker:
             return _in_turn(plan, lambda sessions: _one_by_one(sessions, owed, plan.trace, ticker.store))
     from experiments.cluster.cluster import Fleet, ray_cluster, run_sessions
@@ -130,21 +120,33 @@ def _in_turn(plan: Plan, run: Callable[[Sequence[Session]], dict[str, str]]) -> 
 def _one_by_one(
     sessions: Sequence[Session], owed: Mapping[str, list[str]], trace: Trace | None, store: Callable[[TrialResult], None]
 ) -> dict[str, str]:
-    """Without Ray: one session after the other on this machine, each in a process of its own. What failed, with the reason."""
+    """Without Ray: one session after the other on this machine. What failed, with the reason; a simulation that fails is bad
+    input, and raises SpecError."""
     failed = {}
     for session in (session for session in sessions if session.name in owed):
+        left = owed[session.name]
+        if session.engine.platform == "simulated":
+            for found in run_session(session, left, partial(simulated_engine, seed=session.seed), trace):
+                store(found)
+            continue
         try:
-            with engines([session.engine], environment_here(session.engine)) as (run,):
-                for found in run(_trials, session, owed[session.name], trace):
-                    store(found)
+            with engines([session.engine], environment_here(session.engine, session.nvlink)) as (run,):
+                run(_begin, session, left, trace)
+                while result := run(_go_on):
+                    store(result)
         except SpecError as error:
             failed[session.name] = str(error)
     return failed
 
 
-def _trials(engine: Engine, session: Session, owed: Collection[str], trace: Trace | None) -> list[TrialResult]:
-    """In the engine's process."""
-    return list(run_session(session, owed, lambda _: engine, trace))
+def _begin(engine: Any, session: Session, owed: Collection[str], trace: Trace | None) -> None:
+    """In the engine's process, whose results come one by one."""
+    engine.results = run_session(session, owed, lambda _: engine, trace)
+
+
+def _go_on(engine: Any) -> Any:
+    """In the engine's process: the next result; None after the last."""
+    return next(engine.results, None)
 
 
 def _seal(plan: Plan) -> Path | None:

@@ -42,7 +42,6 @@ SLOW = [
     "make verify BAG=*",
     "(cd artifacts/runs/*",
     "make bench*",
-    ".venv/bin/python -m experiments.simulator.estimate",
     ".venv/bin/python -m analysis.judge.known",
 ]
 

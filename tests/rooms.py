@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room imports only from rooms before it, and a module of a room only from modules before it.
 FLOORS = {
     "experiments.records": [
-        "errors", "cache", "record", "documents", "tables", "provenance", "terminal", "metrics", "store", "crate"
+        "errors", "record", "documents", "tables", "provenance", "terminal", "metrics", "store", "crate"
     ],
     "experiments.spec": ["spec", "expand", "shapes", "formats", "traces", "workload"],
     "experiments.engine": ["session", "arguments", "vllm_engine", "engine_process", "worker"],
     "experiments.simulator": ["calibration", "memory", "compiled", "cost_model", "scheduler", "simulator", "estimate"],
     "experiments.machine": ["gpus", "doctor"],
-    "experiments.calibrate": ["published", "tables", "gpu", "public", "end_to_end", "fit", "here"],
+    "experiments.calibrate": ["published", "tables", "gpu", "end_to_end", "fit", "here"],
     "experiments.cluster": ["placement", "plan", "local_ray", "cluster", "trials"],
     "experiments": ["run"],
     "analysis.judge": ["known", "trial", "integrity", "load", "archive", "stats", "scope", "gates", "claims", "verify"],

@@ -7,15 +7,21 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import bagit
 import pytest
 
+from experiments import run
+from experiments.engine.session import TrialResult
 from experiments.records.provenance import ROOT
 from experiments.records.store import Run, read_trial
 from experiments.run import main
-from experiments.spec.spec import load_testbed
+from experiments.simulator.simulator import simulated_engine
+from experiments.spec.expand import expand
+from experiments.spec.spec import load_figure, load_testbed
 
 SIM = ("--testbed", "a100-sim")
 
@@ -265,3 +271,22 @@ def test_a_simulated_step_beyond_the_calibration_is_one_line(tmp_path: Path, cap
     error = capsys.readouterr().err
     assert error == "error: calibration a100-mistral-7b: tokens in a step: got 32767; allowed: at most 16384\n"
     assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_without_ray_each_trial_is_stored_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an interrupted session the trials that were done are kept."""
+    session = expand(load_figure("fig9a"), load_testbed("a100-sim"), 1)[0]
+    engine, stored = simulated_engine(session.engine, session.seed), list[str]()
+    runs, serve = list[int](), engine.run
+    monkeypatch.setattr(engine, "run", lambda phases, limit: runs.append(len(phases)) or serve(phases, limit))
+
+    def store(found: TrialResult) -> None:
+        stored.append(found.trial)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "engines", lambda *_: nullcontext([lambda function, *values: function(engine, *values)]))
+    session = replace(session, engine=replace(session.engine, platform="cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        run._one_by_one([session], {session.name: [trial.name for trial in session.trials]}, None, store)
+    assert stored == [session.trials[0].name]
+    assert len(runs) == 2, "the warm-up and the first trial"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.records.cache import own_folder
+from experiments.records.provenance import own_folder
 from experiments.spec.spec import EngineSettings, load_model
 
 # On GPUs, the same on each: left to itself vLLM takes FlashInfer on B200, which would fetch kernels from the network.

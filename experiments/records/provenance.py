@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -132,6 +133,25 @@ def usable(cards: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     kinds = Counter((c["memory_mib"], c["name"]) for c in free)
     most = max(kinds, key=lambda kind: (kind[0], kinds[kind]), default=None)
     return [c for c in free if (c["memory_mib"], c["name"]) == most]
+
+
+def own_folder(name: str) -> Path | None:
+    """A folder in which nobody but this user can write, for what can be made again: in the user's cache, else beside temporary
+    files; None if there is no such place."""
+    user = os.getuid()
+
+    def in_cache() -> Path:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chunked-prefill" / name
+
+    def beside_others() -> Path:
+        return Path(tempfile.gettempdir()) / f"chunked-prefill-{user}-{name}"
+
+    for place in (in_cache, beside_others):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+            (folder := place()).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.lstat().st_uid == user and not folder.lstat().st_mode & 0o022 and os.access(folder, os.W_OK):
+                return folder
+    return None
 
 
 def limits(root: Path = Path("/")) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments.records.cache import own_folder
+from experiments.records.provenance import own_folder
 from experiments.records.terminal import console
 
 Function = TypeVar("Function", bound=Callable[..., Any])

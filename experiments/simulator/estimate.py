@@ -1,8 +1,7 @@
-"""How long sessions take, and how heavy the paper's loads are: both from the simulator."""
+"""How long sessions take, and what a simulated machine can serve: both from the simulator."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,13 +12,12 @@ from experiments.engine.session import phases_of
 from experiments.records.errors import SpecError
 from experiments.records.metrics import of_phase, point_phase, saturation_throughput
 from experiments.records.provenance import machine, sha256
-from experiments.records.terminal import arguments, command, console, paragraph, parse, result
+from experiments.records.terminal import console
 from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.simulator.simulator import simulated_engine
 from experiments.spec.expand import SATURATION, LoadPoint, Session, Trial, expand, saturation_sessions
-from experiments.spec.spec import EngineSettings, Figure, ServingPanel, Testbed, load_figure, load_testbed, model_path
+from experiments.spec.spec import EngineSettings, Figure, Testbed, model_path
 from experiments.spec.traces import Trace
-from experiments.spec.workload import synthetic_trace
 
 HERE = CALIBRATIONS / "here"  # what make calibrate found on this machine; never in git
 
@@ -146,29 +144,3 @@ def simulated_saturations(sessions: Sequence[Session], trace: Trace) -> dict[str
                 at_once = replace(point, rate=0.0, requests=min(MANY, len(trace.prompt)))
                 rates[size] = simulated_saturation(session, Trial(SATURATION, (at_once,)), trace)
     return {model: dict(sorted(rates.items())) for model, rates in found.items()}
-
-
-def load_fractions(trace: Trace) -> dict[str, list[float]]:
-    """Model -> the QPS of Figure 9b as fractions of the simulated saturation throughput at the smallest chunk size."""
-    figure = load_figure("fig9b")
-    rates = simulated_saturations(expand(figure, load_testbed("a100-sim"), replicates=1), trace)
-    panels = [panel for panel in figure.panels if isinstance(panel, ServingPanel)]
-    smallest = {panel.model: rates[panel.model][str(min(size for size in panel.chunk_sizes if size))] for panel in panels}
-    return {panel.model: [qps / smallest[panel.model] for qps in sorted(panel.qps)] for panel in panels}
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the load fractions."""
-    parse(arguments("experiments.simulator.estimate", load_fractions.__doc__), argv)
-    trace = synthetic_trace()
-    found = load_fractions(trace)
-    for model, fractions in sorted(found.items()):
-        shown = ", ".join(f"{fraction:.2f}" for fraction in fractions)
-        paragraph(f"simulated, trace {trace.name}: {model}: the paper's QPS are {shown} of saturation")
-    result(trace=trace.name, load_fractions=found)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.calibrate import gpu, public, tables
+from experiments.calibrate import end_to_end, gpu, tables
 from experiments.calibrate.gpu import check, grid_of, model_of, with_known_error
 from experiments.calibrate.tables import calibrated
 from experiments.records.errors import SpecError
@@ -150,7 +150,7 @@ def test_a_quantization_that_a_gpu_has_not_is_one_line(tmp_path: Path, monkeypat
 def test_a_public_measurement_is_predicted_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FOLDER", tmp_path)
     row = next(value for value in read_yaml(gpu.PUBLIC)["values"] if value["clients"] == 4)
-    assert public.predicted(row) == pytest.approx(row["predicted"], rel=1e-3)
+    assert end_to_end.predicted(row) == pytest.approx(row["predicted"], rel=1e-3)
 
 
 def test_ids_of_our_models_are_unique() -> None:

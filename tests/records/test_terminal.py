@@ -272,6 +272,7 @@ ELSEWHERE = {  # writes into a place of its own that is renamed or removed as a 
     "archive.py": "_zip, which write_whole calls",
     "vllm_engine.py": "a temporary folder",
     "bench_serve.py": "a temporary folder",
+    "check_server.py": "a temporary folder",
     "screenshots.py": "a temporary folder",
     "tables.py": "a temporary folder",
     "worker.py": "the null device",

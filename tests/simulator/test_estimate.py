@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,27 +10,22 @@ from analysis.advise import recommend
 from experiments.calibrate.published import write
 from experiments.run import main
 from experiments.simulator import estimate
-from experiments.simulator.estimate import load_fractions, session_seconds, simulated_trial_seconds
+from experiments.simulator.estimate import session_seconds, simulated_saturations, simulated_trial_seconds
 from experiments.spec.expand import expand
-from experiments.spec.spec import load_figure, load_testbed
+from experiments.spec.spec import ServingPanel, load_figure, load_testbed
 from experiments.spec.workload import synthetic_trace
 
 
 def test_the_cpu_testbed_meets_the_load_of_the_paper_in_simulation() -> None:
     serving = load_testbed("cpu").serving
     assert serving is not None
-    found = load_fractions(synthetic_trace())
-    assert set(found) == set(serving.load_fractions)
-    for model, fractions in found.items():
-        assert serving.load_fractions[model] == pytest.approx(fractions, abs=0.01)
-
-
-@pytest.mark.parametrize(("option", "lines"), [("--json", 1), ("--quiet", 0)])
-def test_the_command_speaks_json_or_not_at_all(option: str, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert estimate.main([option]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == lines
-    assert all(set(json.loads(line)["load_fractions"]) == {"mistral-7b", "yi-34b"} for line in told)
+    figure = load_figure("fig9b")
+    served = simulated_saturations(expand(figure, load_testbed("a100-sim"), 1), synthetic_trace())
+    assert set(served) == set(serving.load_fractions)
+    for panel in figure.panels:
+        assert isinstance(panel, ServingPanel)
+        most = served[panel.model][str(min(filter(None, panel.chunk_sizes)))]
+        assert serving.load_fractions[panel.model] == pytest.approx([qps / most for qps in sorted(panel.qps)], abs=0.01)
 
 
 def test_a_pass_of_figure_9a_takes_what_the_published_one_took() -> None:
