@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from analysis.advise.capacity import HIGHEST, LOWEST, WORDS, Latency, Search, Setting
-from analysis.advise.case import Case, around, evidence
+from analysis.advise.case import FIRST, Case, around, evidence
 from analysis.advise.question import Question, describe
 from analysis.judge.stats import sample
 from experiments.records.errors import SpecError
 
 CLOSE = 0.04  # who is further behind on one seed is not looked at on the others: the arrivals are the same for all
-FIRST = 4  # seeds on which settings are compared
 WIDEST = 4.0  # the widest interval that is an answer, high over low
 MOST_REQUESTS = 8192  # of a trial
 TIE = 0.02  # means over seeds that differ by less are taken as equal: then the smaller chunk size, as its TBT is lower

@@ -14,16 +14,18 @@ from analysis.advise.question import Question
 from experiments.records.errors import SpecError
 from experiments.records.metrics import Served
 from experiments.records.record import Phase
+from experiments.records.terminal import paragraph
 from experiments.simulator.calibration import Calibration, at_speed
 from experiments.simulator.memory import Memory, gpu_memory, vllm_default
 from experiments.simulator.scheduler import Rows
 from experiments.simulator.simulator import SimulatedEngine
-from experiments.spec.expand import Session, Traffic
-from experiments.spec.spec import EngineSettings
-from experiments.spec.traces import Trace
-from experiments.spec.workload import serving_requests
+from experiments.spec.expand import FEWEST_REQUESTS, Session, Traffic
+from experiments.spec.spec import EngineSettings, ServingFigure, load_figure
+from experiments.spec.traces import Trace, describe_trace
+from experiments.spec.workload import check_requests, choose_trace, serving_requests
 
 SMALL = 512  # tokens; below, tables of experts are known to be off by more
+FIRST = 4  # seeds on which settings are compared
 LEAST = 1024  # requests of a trial, at first
 SEEDS_AGAIN = 16  # where a trace is drawn again: they tell how far it is from the traffic that it is a sample of
 
@@ -149,6 +151,21 @@ class Case:
         batches = [setting.max_batch, setting.max_batch // 2, 2 * setting.max_batch]
         pairs = {Setting(size, batch) for size in near for batch in batches if 1 <= batch <= base and 2 * batch <= size <= most}
         return {pair for pair in pairs - {setting} if self.fits(pair)}
+
+
+def case_for(session: Session, calibration: Calibration, trace: Trace, max_total: int) -> Case:
+    """With the seeds of Figure 9b, and its requests as far as the trace has them."""
+    figure = load_figure("fig9b")
+    assert isinstance(figure, ServingFigure)
+    return Case(session, calibration, trace, min(figure.requests, len(trace.prompt)), max_total, figure.seeds[:FIRST])
+
+
+def requests_asked(text: str | None, max_total: int, scale: int = 1) -> Trace:
+    """The requests of TRACE, said; lengths are divided by the scale here. Raises SpecError where they are too few."""
+    trace = choose_trace(text, max_total=max_total)
+    paragraph(f"{describe_trace(trace)}{f'; lengths divided by {scale} here' if scale > 1 else ''}")
+    check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
+    return trace
 
 
 def under(case: Case, question: Question) -> Case:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
@@ -83,7 +84,7 @@ def _prompt_ms(engine: Any, budget: int, tokens: int) -> float:
     """In the engine's process: median of the prefill of a prompt at a chunk size."""
     phase = Phase(budget, (Request(0.0, tokens, 1),))
     engine.run([phase] * 2, 60.0)
-    return 1e3 * sorted(float(engine.run([phase], 60.0).steps["seconds"].sum()) for _ in range(AGAIN))[AGAIN // 2]
+    return 1e3 * median(float(engine.run([phase], 60.0).steps["seconds"].sum()) for _ in range(AGAIN))
 
 
 def _waiting_us(engine: Any) -> float:
@@ -93,7 +94,7 @@ def _waiting_us(engine: Any) -> float:
         began = time.perf_counter()
         engine._engine.collective_rpc("wait_for_device")
         times.append(time.perf_counter() - began)
-    return 1e6 * sorted(times)[WAITS // 2]
+    return 1e6 * median(times)
 
 
 def _facts(engine: Any) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.advise.advice import FIRST
-from analysis.advise.case import Case
+from analysis.advise.case import Case, case_for
 from analysis.advise.on_gpu import MOST_BATCH, whole
 from experiments.calibrate.gpu import LARGEST, LONGEST, check_split, model_of, splits
 from experiments.machine.gpus import NVLINK, devices, places, resources
@@ -22,10 +21,9 @@ from experiments.records.terminal import paragraph
 from experiments.simulator import estimate
 from experiments.simulator.calibration import load_calibration, weight_bytes
 from experiments.simulator.memory import SHARE, gpu_memory
-from experiments.spec.expand import FEWEST_REQUESTS, Session
+from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings, ServingFigure, Testbed, load_figure, load_model, model_path, slug
 from experiments.spec.traces import Trace
-from experiments.spec.workload import check_requests
 
 LEAST = 64  # tokens of the shortest context that is calibrated
 HOST_GIB = 10.0  # of the host's memory, for each GPU: a process with vLLM
@@ -56,7 +54,6 @@ class Own:
 
     def case(self, trace: Trace, make: bool) -> Case:
         """Simulated with this machine's calibration; `make` one where there is none. Raises SpecError."""
-        check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
         settings, testbed, figure = self.settings, self.testbed, load_figure("fig9b")
         assert isinstance(figure, ServingFigure)
         if (path := estimate.calibration_here(testbed.testbed, settings, self.called)) is None:
@@ -83,8 +80,7 @@ class Own:
             nvlink=testbed.nvlink,
         )
         calibration = replace(load_calibration(str(path)), models=(settings.model,))  # wherever the same config.json lay then
-        requests = min(figure.requests, len(trace.prompt))
-        return Case(session, calibration, trace, requests, self.max_len, figure.seeds[:FIRST])
+        return case_for(session, calibration, trace, self.max_len)
 
 
 def is_own(options: argparse.Namespace, testbed: Testbed) -> bool:

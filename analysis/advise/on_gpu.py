@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from analysis.advise.advice import FIRST, WIDEST, Advice
+from analysis.advise.advice import WIDEST, Advice
 from analysis.advise.capacity import WORDS
-from analysis.advise.case import Case
+from analysis.advise.case import Case, case_for, requests_asked
 from analysis.advise.question import Question
 from analysis.advise.tell import bench_command
 from experiments.calibrate.gpu import LONGEST, calibration_of, model_of, tables
 from experiments.records.errors import SpecError
 from experiments.records.terminal import console, paragraph
 from experiments.simulator.memory import BLOCK, GIB, UTILIZATION
-from experiments.spec.expand import FEWEST_REQUESTS, Session
+from experiments.spec.expand import Session
 from experiments.spec.spec import EngineSettings, ServingFigure, load_figure, load_model
-from experiments.spec.traces import describe_trace
-from experiments.spec.workload import check_requests, choose_trace
 
 MOST_BATCH = 256  # requests in a step that are looked at, but for vLLM's default
 MISSING = "asynchronous scheduling, speculative decoding, pipeline parallelism, what the host does, CUDA graphs"
@@ -75,9 +73,7 @@ def case_asked(options: argparse.Namespace) -> Case:
     """What the options ask, simulated from the kernel tables. Raises SpecError for what they, memory or TRACE do not allow."""
     max_len, figure = longest(options.model, options.max_len), load_figure("fig9b")
     assert isinstance(figure, ServingFigure)
-    trace = choose_trace(options.trace, max_total=max_len)
-    paragraph(describe_trace(trace))
-    check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
+    trace = requests_asked(options.trace, max_len)
     config, name = model_of(options.model)
     quantized = load_model(config).get("quantization_config") or {}
     if quantized.get("quant_method") == "fp8" and options.dtype not in ("", "fp8"):
@@ -87,9 +83,9 @@ def case_asked(options: argparse.Namespace) -> Case:
     settings = EngineSettings(
         "simulated", config, parts, dtype, "dummy", 2 * MOST_BATCH, MOST_BATCH, max_len, None, None, UTILIZATION
     )
-    gpu, seeds = options.gpu, figure.seeds
-    session = Session(f"{name}-{gpu}", figure.figure, figure.kind, gpu, name, False, 1, seeds[0], settings, ())
-    case = Case(session, calibration, trace, min(figure.requests, len(trace.prompt)), max_len, seeds[:FIRST])
+    gpu, seed = options.gpu, figure.seeds[0]
+    session = Session(f"{name}-{gpu}", figure.figure, figure.kind, gpu, name, False, 1, seed, settings, ())
+    case = case_for(session, calibration, trace, max_len)
     case.memory(case.settings_to_try()[0])  # says so where it does not fit
     return case
 

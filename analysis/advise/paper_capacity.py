@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as spec_dataclass
 
 from analysis.advise.advice import TIE, Advice, Option, advise, option
 from analysis.advise.capacity import WORDS, Latency, Setting
-from analysis.advise.case import Case, evidence
+from analysis.advise.case import Case, evidence, requests_asked
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.question import Question
 from analysis.advise.recommend import case_of
@@ -25,8 +25,7 @@ from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec, slug
-from experiments.spec.traces import describe_trace
-from experiments.spec.workload import check_gaps, choose_trace
+from experiments.spec.workload import check_gaps
 
 
 @spec_dataclass(frozen=True, config=STRICT)
@@ -88,8 +87,7 @@ def papers(options: argparse.Namespace, paper: PaperTargets) -> tuple[str, list[
     if options.model not in ("", *paper.tbt_p99):
         allowed = f"{', '.join(paper.tbt_p99)}; others with GPU=, see GPU=help"
         raise SpecError(f"MODEL: got {options.model!r}; allowed: {allowed}")
-    trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
-    paragraph(describe_trace(trace))
+    trace = requests_asked(options.trace, load_figure("fig9b").max_model_len)
     asked = {model: targets for model, targets in paper.tbt_p99.items() if options.model in ("", model)}
     return testbed.title, [(case_of(testbed, model, trace), targets) for model, targets in asked.items()]
 

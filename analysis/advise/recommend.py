@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from analysis.advise import tell
-from analysis.advise.advice import FIRST, Advice, Confirmed, settled, steady
+from analysis.advise.advice import Advice, Confirmed, settled, steady
 from analysis.advise.capacity import DELAY_LIMIT_S, Setting
-from analysis.advise.case import Case, evidence, under
+from analysis.advise.case import Case, case_for, evidence, requests_asked, under
 from analysis.advise.on_engine import is_own, own
 from analysis.advise.on_gpu import add_options, case_asked, check_options, say, show_gpus
 from analysis.advise.on_server import as_is, on_server, read_benches
@@ -25,10 +25,10 @@ from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.estimate import calibration_here
-from experiments.spec.expand import FEWEST_REQUESTS, expand
-from experiments.spec.spec import ServingFigure, Testbed, load_figure, slug
-from experiments.spec.traces import Trace, describe_trace
-from experiments.spec.workload import MAX_REQUESTS, check_requests, choose_trace
+from experiments.spec.expand import expand
+from experiments.spec.spec import Testbed, load_figure, slug
+from experiments.spec.traces import Trace
+from experiments.spec.workload import MAX_REQUESTS
 
 CONFIRM_AT = 0.9  # of the simulated capacity: at the capacity itself a coin would decide
 
@@ -37,15 +37,12 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     """What is asked, from Figure 9b's settings of the model on the testbed.
 
     Simulated with this machine's calibration where there is one, else with the testbed's; `make` one where there is neither.
-    Raises SpecError for a model that is not there, a trace that is too short, a model without calibration.
+    Raises SpecError for a model that is not there, or has no calibration.
     """
-    figure = load_figure("fig9b")
-    assert isinstance(figure, ServingFigure)
-    sessions = {session.model: session for session in expand(figure, testbed, 1)}
+    sessions = {session.model: session for session in expand(load_figure("fig9b"), testbed, 1)}
     if model not in sessions:
         allowed = f"allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}; others with GPU=, see GPU=help"
         raise SpecError(f"MODEL: got {model!r}; {allowed}")
-    check_requests(trace, FEWEST_REQUESTS, "or there is no percentile to speak of")
     settings = sessions[model].engine
     here = calibration_here(testbed.testbed, settings)
     if here is None and settings.calibration is None and make:
@@ -55,8 +52,7 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     name = str(here) if here else settings.calibration
     if name is None:
         raise SpecError(f"{model}: no calibration for testbed {testbed.testbed}; make calibrate makes one, on its machine")
-    requests = min(figure.requests, len(trace.prompt))
-    return Case(sessions[model], load_calibration(name), trace, requests, figure.max_model_len, figure.seeds[:FIRST])
+    return case_for(sessions[model], load_calibration(name), trace, load_figure("fig9b").max_model_len)
 
 
 def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
@@ -88,9 +84,7 @@ def case_here(options: argparse.Namespace, question: Question, server: bool) -> 
     missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
     mine = own(options, testbed, missing) if not simulated and is_own(options, testbed) else None
     scale, longest = 1 if server else testbed.scale, mine.max_len if mine else load_figure("fig9b").max_model_len
-    trace = choose_trace(options.trace, max_total=longest * scale // testbed.scale)
-    divided = f"; lengths divided by {scale} here" if scale > 1 else ""
-    paragraph(f"{describe_trace(trace)}{divided}")
+    trace = requests_asked(options.trace, longest * scale // testbed.scale, scale)
     question.check(trace, scale)
     make = not missing and not server
     case = mine.case(trace, make) if mine else case_of(testbed, options.model, trace, make)

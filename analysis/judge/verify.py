@@ -28,6 +28,7 @@ from experiments.records.terminal import arguments, command, console, paragraph,
 VERDICT_FORMAT = 1
 # Of a run whose bags are not whole, or cannot be read, no more is known.
 NOTHING: dict[str, Any] = {"integrity": [], "incomplete": False, "gates": [], "aside": [], "simulated": False}
+SETTLED = ("PASS", "FAIL")
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "NOT-APPLICABLE": "dim", "NOT-RUN": "dim"}
 
 
@@ -86,7 +87,8 @@ def decide(claims: Sequence[rules.Claim], part: Mapping[str, Any], run: Run | No
         decided.append(entry)
     if not judged:
         return decided
-    before = None if first is None else [_settled(first[claim.id]) or "INCONCLUSIVE" for claim, _ in judged]
+    before = None if first is None else [first[claim.id]["verdict"] for claim, _ in judged]
+    before = before and [verdict if verdict in SETTLED else "INCONCLUSIVE" for verdict in before]
     verdicts = iter(rules.judge([claim for claim, _ in judged], [seen for _, seen in judged], before))
     return [entry if "verdict" in entry else _kept(first, entry | next(verdicts)) for entry in decided]
 
@@ -101,13 +103,9 @@ def _unread(part: Mapping[str, Any]) -> tuple[str, str]:
     return "FAIL", f"the bag is not as it was sealed: {first}"
 
 
-def _settled(entry: Mapping[str, Any]) -> str | None:
-    return entry["verdict"] if entry["verdict"] in ("PASS", "FAIL") else None
-
-
 def _kept(first: dict[str, dict[str, Any]] | None, now: dict[str, Any]) -> dict[str, Any]:
     """The entry of a claim: that of the first look where it settled the claim, with the ratio over all replicates beside it."""
-    if first is None or not _settled(first[now["id"]]):
+    if first is None or first[now["id"]]["verdict"] not in SETTLED:
         return now
     then, numbers = first[now["id"]], now["numbers"]
     everything = {name: numbers[name] for name in ("ratio", "low", "high", "replicates", "ratios")}

@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.advise.advice import Advice, advise, settled
 from analysis.advise.capacity import DELAY_LIMIT_S, Latency, Search, Setting
-from analysis.advise.case import Case
+from analysis.advise.case import Case, requests_asked
 from analysis.advise.question import SHOWN, Question
 from analysis.advise.recommend import case_of, confirm
 from analysis.advise.tell import show_confirmed
@@ -31,8 +31,6 @@ from experiments.records.metrics import served_of
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result, took
 from experiments.spec.spec import Testbed, load_figure
-from experiments.spec.traces import describe_trace
-from experiments.spec.workload import choose_trace
 
 RATES = [1.19**n for n in range(-4, 3)]  # times the highest simulated capacity without a TBT target
 SIZES = 8  # chunk sizes: those of the sweep, and between them from the smallest on
@@ -127,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SpecError(f"TESTBED: got {testbed.testbed}, which has no engine; allowed: a testbed with one")
     if options.model not in testbed.models:
         raise SpecError(f"MODEL: got {options.model!r}; allowed: {', '.join(testbed.models)}")
-    trace = choose_trace(options.trace, max_total=load_figure("fig9b").max_model_len)
-    console.print(describe_trace(trace))
+    trace = requests_asked(options.trace, load_figure("fig9b").max_model_len)
     began = time.monotonic()
     calibrate(*settings_of(testbed)[testbed.models[options.model]], testbed.testbed)
     spent = time.monotonic() - began
