@@ -291,7 +291,8 @@ def load_model(name: str) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         allowed = "a JSON object as Hugging Face has it"
         raise SpecError(f"{path}: not the config.json of a model: {error}; allowed: {allowed}") from None
-    for key in NEEDED:
+    experts = (found.get("num_local_experts") or found.get("num_experts") or 1) != 1
+    for key in (*NEEDED, *(key for key in FILLED if key in found), *["num_experts_per_tok"] * experts):
         if type(value := found.get(key)) is not int or value < 1:
             came = "none" if value is None else repr(value)[:60]
             raise SpecError(f"{path}: {key}: got {came}; allowed: a whole number, as in the config.json of a text model")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,21 @@ def test_models_keep_the_ratios_of_their_originals() -> None:
         for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
             assert ours[key] * 8 == theirs[key], (small.stem, key)
         assert ours["head_dim"] == theirs["head_dim"]
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"hidden_size": None}, "hidden_size: got none"),
+        ({"num_key_value_heads": "8"}, "num_key_value_heads: got '8'"),
+        ({"num_experts": 8}, "num_experts_per_tok: got none"),
+    ],
+)
+def test_a_config_without_what_is_needed_is_one_line(others: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (path := tmp_path / "config.json").write_text(json.dumps(load_model("mistral-7b") | others))
+    with pytest.raises(SpecError) as error:
+        load_model(str(path))
+    assert str(error.value) == f"{path}: {words}; allowed: a whole number, as in the config.json of a text model"
 
 
 def test_a_copy_of_a_figure_elsewhere_can_be_run_by_path(tmp_path: Path) -> None:
