@@ -25,7 +25,7 @@ from experiments.records.record import Phase, Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.calibration import CALIBRATIONS, Calibration, Jitter, load_calibration
-from experiments.simulator.cost_model import CostModel
+from experiments.simulator.cost_model import CostModel, composition
 from experiments.simulator.memory import GIB, GRAPHS, gpu_memory
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import Session, expand
@@ -69,7 +69,7 @@ def step_values(calibration: Calibration) -> list[dict[str, Any]]:
     cost, found = CostModel(calibration), []
     for row in read_reference("table2").to_dict("records"):
         prefill, decodes = row["prefill_tokens"], row["decode_requests"]
-        seconds = cost.step(prefill, decodes, int(prefill > 0), prefill * (prefill + 1) // 2, decodes * CONTEXT)
+        seconds = cost.step(*composition(prefill, 0, decodes, CONTEXT))
         parts = [f"{prefill:,} tokens of prefill"] * (prefill > 0) + [f"{decodes} decodes"] * (decodes > 0)
         found.append(_value("step", row["source"], " and ".join(parts), 1e3 * seconds, row["ms"]))
     return found

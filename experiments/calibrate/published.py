@@ -28,7 +28,7 @@ from experiments.simulator.calibration import (
     attention_of,
     linear_flop_per_token,
 )
-from experiments.simulator.cost_model import CostModel
+from experiments.simulator.cost_model import CostModel, composition
 from experiments.spec.spec import load_model, read_yaml
 
 DATA = CALIBRATIONS / "published" / "a100-2024.yaml"
@@ -102,16 +102,14 @@ def rounded_profile(at: Ints, seconds: Floats) -> Profile:
     return Profile(tuple(int(n) for n in at), tuple(round(float(s), 8) for s in seconds))
 
 
-def _prefill_errors(model: CostModel, published: Mapping[str, Any]) -> list[float]:
-    steps = published["yi_prefill_steps"]
-    times = zip(steps["tokens"], steps["ms"], strict=True)
-    return [model.step(n, 0, 1, n * (n + 1) // 2, 0) * 1e3 / ms - 1 for n, ms in times]
-
-
-def _decode_errors(model: CostModel, published: Mapping[str, Any]) -> list[float]:
-    steps = published["yi_decode_steps"]
-    times = zip(steps["requests"], steps["ms"], strict=True)
-    return [model.step(0, n, 0, 0, n * steps["context"]) * 1e3 / ms - 1 for n, ms in times]
+def _errors(model: CostModel, published: Mapping[str, Any], kind: str) -> list[float]:
+    """Relative, of Yi-34B's published steps that only prefill, or only decode."""
+    steps = published[f"yi_{kind}_steps"]
+    if kind == "prefill":
+        asked = [composition(n, 0, 0, 0) for n in steps["tokens"]]
+    else:
+        asked = [composition(0, 0, n, steps["context"]) for n in steps["requests"]]
+    return [model.step(*step) * 1e3 / ms - 1 for step, ms in zip(asked, steps["ms"], strict=True)]
 
 
 def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
@@ -138,14 +136,14 @@ def calibrate_yi(published: Mapping[str, Any]) -> Calibration:
         error=FitError(0.0, 0.0, 0.0, ""),
         host=host_profile(np.arange(len(requests))),
     )
-    fitted = _prefill_errors(CostModel(draft), published) + _decode_errors(CostModel(draft), published)
+    fitted = [off for kind in ("prefill", "decode") for off in _errors(CostModel(draft), published, kind)]
     out = []
     for i in range(1, len(tokens) - 1):  # each step but the first and last, left out of the profile in turn
         model = CostModel(replace(draft, linear=_yi_linear(np.delete(tokens, i), np.delete(own, i), operators)))
-        out.append(_prefill_errors(model, published)[i])
+        out.append(_errors(model, published, "prefill")[i])
     for i in range(1, len(requests) - 1):
         model = CostModel(replace(draft, host=host_profile(np.delete(np.arange(len(requests)), i))))
-        out.append(_decode_errors(model, published)[i])
+        out.append(_errors(model, published, "decode")[i])
     return replace(draft, error=fit_error(fitted, out, "each published step but the first and last, left out in turn"))
 
 
@@ -160,7 +158,7 @@ def calibrate_mistral(published: Mapping[str, Any], yi: Calibration) -> Calibrat
     tokens = np.array(profile["tokens"])
     keep, layers = tokens <= LONGEST_PROFILE, load_model("mistral-7b")["num_hidden_layers"]
     recipe = CostModel(replace(yi, linear=rounded_profile(*_operators(published))))
-    errors = list((fixed + per_request * requests) * 1e3 / host_ms - 1), _prefill_errors(recipe, published)
+    errors = list((fixed + per_request * requests) * 1e3 / host_ms - 1), _errors(recipe, published, "prefill")
     return Calibration(
         **_header(published, "mistral-7b"),
         overhead_s=round(fixed, 8),

@@ -34,7 +34,7 @@ from experiments.records.errors import SpecError
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, parse, result
 from experiments.simulator.calibration import CALIBRATIONS, Calibration, FitError, Floats, Profile, ValidRange, attention_of
-from experiments.simulator.cost_model import CostModel
+from experiments.simulator.cost_model import CostModel, composition
 from experiments.simulator.memory import BLOCK, GIB, REPORTED
 from experiments.spec.spec import load_model, read_yaml
 
@@ -124,21 +124,13 @@ def read_tables(shape: Mapping[str, Any], system: str, engine_version: str, grid
     return {name: [[*row[:-1], round(row[-1], 4)] for row in table] for name, table in rows.items()}
 
 
-def _composition(prefill: int, decodes: int, pieces: int, before: int, context: int) -> tuple[int, int, int, int, int]:
-    """As CostModel.step takes it: prompts of this many tokens in all behind `before` others, decodes at `context` each."""
-    return prefill, decodes, pieces, prefill * before + prefill * (prefill + 1) // 2, decodes * context
-
-
 def steps_of(rows: Mapping[str, Any], name: str) -> tuple[list[tuple[int, int, int, int, int]], Floats]:
     """Steps of a table of read_tables, as CostModel.step takes them, and their seconds."""
-    table = rows[name]
-    if name == "decode":
-        steps = [_composition(0, n, 0, 0, context) for n, context, _ in table]
-    elif name == "prefill":
-        steps = [_composition(n, 0, 1, before, 0) for n, before, _ in table]
-    else:
-        steps = [_composition(n, decodes, 1, 0, n) for n, decodes, _ in table]
-    return steps, np.array([row[-1] for row in table]) / 1e3
+    steps = []
+    for first, second, _ in rows[name]:
+        alone = {"prefill": (first, second, 0, 0), "decode": (0, 0, first, second)}
+        steps.append(composition(*alone.get(name, (first, 0, second, first))))
+    return steps, np.array([row[-1] for row in rows[name]]) / 1e3
 
 
 def calibrated(rows: Mapping[str, Any], dtype: str, **header: Any) -> Calibration:

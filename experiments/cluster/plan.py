@@ -130,7 +130,11 @@ class Plan:
         return [*slots, *foretell(rest, totals, nodes, machines, makespan(slots))], machines
 
     def describe(self) -> dict[str, Any]:
-        """The plan as data: what the run will be, for people's scripts and for the bag."""
+        """The plan as data: what the run will be, for people's scripts and for the bag.
+
+        `saturation`: requests per second that a simulated machine could serve at most, by model and chunk size.
+        """
+        simulated = self.testbed.platform == "simulated"
         return {
             **{name: getattr(self.testbed, name) for name in ("testbed", "platform", "scale", "may_preempt")},
             "figure": self.figure.figure,
@@ -140,16 +144,10 @@ class Plan:
             "commit": commit(),
             "requires": asdict(self.testbed.requires),
             "trace": {"name": self.trace.name, "kind": self.trace.kind} if self.trace else None,
-            **self._saturation(),
+            **({"saturation": simulated_saturations(self.sessions, self.trace)} if simulated and self.trace else {}),
             "sessions": {s.name: [t.name for t in s.trials] for s in self.all_sessions},
             "not_run": self.not_run,
         }
-
-    def _saturation(self) -> dict[str, Any]:
-        """What a simulated machine could serve at most, requests per second, by model and chunk size: what a QPS stands for."""
-        if self.testbed.platform != "simulated" or not self.trace:
-            return {}
-        return {"saturation": simulated_saturations(self.sessions, self.trace)}
 
     def outlook(self, owed: Mapping[str, Sequence[str]], nodes: Sequence[Node] = ()) -> dict[str, Any]:
         """What is owed as data, with its schedule on these nodes if they are given: times in seconds, disk in MB.

@@ -57,6 +57,11 @@ def step_seconds(costs: Costs, prefill: int, decodes: int, pieces: int, pairs: i
     return float(max(device_s, costs.host[decodes]))
 
 
+def composition(prefill: int, before: int, decodes: int, context: int) -> tuple[int, int, int, int, int]:
+    """A step as CostModel.step takes it: tokens of a prompt behind `before` others, and requests that decode at `context`."""
+    return prefill, decodes, int(prefill > 0), prefill * before + prefill * (prefill + 1) // 2, decodes * context
+
+
 class CostModel:
     """A calibration made ready for use. Raises SpecError for steps outside its valid range."""
 
