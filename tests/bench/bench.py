@@ -23,7 +23,7 @@ from experiments.machine.gpus import environment_here
 from experiments.records.errors import SpecError
 from experiments.records.metrics import prefill_seconds
 from experiments.records.record import Phase, Record, Request
-from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.records.terminal import arguments, command, paragraph, parse, result
 from experiments.spec.expand import expand
 from experiments.spec.spec import EngineSettings, Testbed, load_figure, load_testbed
 from experiments.spec.workload import prompt_ids
@@ -103,23 +103,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(arguments("tests.bench.bench", __doc__, "testbed", "out"), argv)
     testbed, reason = choose_testbed(options.testbed, options.out)
     settings, switched = settings_on(testbed), list[tuple[int, float, bool]]()
-    console.print(f"testbed {testbed.testbed} ({reason})")
+    paragraph(f"testbed {testbed.testbed} ({reason})")
     try:
         ratio = loop_ratio(settings)
-        console.print(f"engine time, our loop / bare loop: {ratio:.4f} (median of {ROUNDS}, target at most {LOOP_TARGET})")
+        paragraph(f"engine time, our loop / bare loop: {ratio:.4f} (median of {ROUNDS}, target at most {LOOP_TARGET})")
         if settings.platform == "cpu":
             switched = switching()
         else:
-            console.print("switched against fresh, vllm bench serve: not measured here, as a GPU holds one engine at a time")
+            paragraph("switched against fresh, vllm bench serve: not measured here, as a GPU holds one engine at a time")
         for budget, median, equal in switched:
             batches = "equal" if equal else "DIFFER"
-            console.print(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {batches}")
+            paragraph(f"chunk size {budget}: switched / freshly built {median:.3f}, batches {batches}")
         ms, mb = bench_driver.measure()
-        console.print(bench_driver.line(ms, mb))
+        paragraph(bench_driver.line(ms, mb))
         if settings.platform == "cpu":
             serving = bench_serve.serving_settings(settings)
             with engines([serving]) as (run,):
-                console.print(*bench_serve.table(bench_serve.measure(serving, partial(run, serve))), sep="\n")
+                for line in bench_serve.table(bench_serve.measure(serving, partial(run, serve))):
+                    paragraph(line)
     except EngineError as error:
         raise SpecError(str(error)) from None
     met = ratio <= LOOP_TARGET and all(equal for _, _, equal in switched)

@@ -205,13 +205,13 @@ def measure(settings: EngineSettings, run: Callable[..., Record]) -> Measured:
 
 def table(measured: Measured) -> Iterator[str]:
     """The lines to print: both sides and their difference, ms; whether what the server adds explains that of the medians."""
-    yield f"chunk size {CHUNK_SIZE}, {PROMPT} + {OUTPUT} tokens, ms    {'bench serve':>28} {'our loop':>10} {'difference':>12}"
+    yield f"chunk size {CHUNK_SIZE}, {PROMPT} + {OUTPUT} tokens, ms    {'bench serve':>22} {'our loop':>10} {'difference':>12}"
     differences, step = dict[str, list[float]](), 0.0
     for rate, sides in measured.items():
         load = f"{len(sides[1].ttft)} requests, " + (f"{rate:g} a second" if rate else "one at a time")
         for name, percent in (("TTFT", 50), ("ITL", 50), ("ITL", 99)):
             theirs, ours = (1000 * float(np.percentile(getattr(side, name.lower()), percent)) for side in sides)
-            yield f"  {load:<28} {name:>4} P{percent} {theirs:20.1f} {ours:10.1f} {theirs - ours:+12.1f}"
+            yield f"  {load:<28} {name:>4} P{percent} {theirs:14.1f} {ours:10.1f} {theirs - ours:+12.1f}"
             if percent == 50:
                 differences.setdefault(name, []).append(theirs - ours)
                 step = ours  # the last median is that of ITL under load

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.engine.session import phases_of, warm_up
 from experiments.records.record import Phase
-from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.records.terminal import arguments, command, paragraph, parse, result
 from experiments.simulator.simulator import SimulatedEngine, simulated_engine
 from experiments.spec.expand import LoadPoint, Trial, expand
 from experiments.spec.spec import load_figure, load_testbed
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, (requests, record, times, limit_s, limit_mb) in WANTED.items():
             trials, seconds, peak = pool.apply(simulate, (trace, requests, record, times))
             what = f"{requests:,} requests" if requests else f"{trials} trials"
-            console.print(f"simulator, {name}, {what}, trace {trace.name}:")
+            paragraph(f"simulator, {name}, {what}, trace {trace.name}:")
             memory = f"peak {peak:.0f} MB (target at most {limit_mb})"
-            console.print(f"  {seconds:.2f} s on one core (target at most {limit_s:g}), {memory}")
+            paragraph(f"  {seconds:.2f} s on one core (target at most {limit_s:g}), {memory}")
             met = met and seconds <= limit_s and peak <= limit_mb
             found[name] = {"seconds": seconds, "peak_mb": peak}
     result(met=met, found=found)

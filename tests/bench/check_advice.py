@@ -29,7 +29,7 @@ from experiments.machine.doctor import choose_testbed
 from experiments.records.errors import SpecError
 from experiments.records.metrics import served_of
 from experiments.records.store import write_whole
-from experiments.records.terminal import arguments, command, console, parse, result, took
+from experiments.records.terminal import arguments, command, console, paragraph, parse, result, took
 from experiments.spec.spec import Testbed, load_figure
 
 RATES = [1.19**n for n in range(-4, 3)]  # times the highest simulated capacity without a TBT target
@@ -108,8 +108,8 @@ def judge(case: Case, testbed: Testbed, advice: Advice, table: pd.DataFrame) -> 
     own, best = settled(advice, found).budget, int(str(means.idxmax()))
     ratio = float(means[own] / means[best]) if means[best] else 1.0
     words = f"{means[own]:.3g} requests/s measured, {ratio:.0%} of the best ({best}: {means[best]:.3g})"
-    console.print(f"{target}: chunk size {own} carries {words}; predicted {advice.low:.3g} to {advice.high:.3g}")
-    console.print(", ".join(f"{budget}: {rate:.3g}" for budget, rate in means.items()))
+    paragraph(f"{target}: chunk size {own} carries {words}; predicted {advice.low:.3g} to {advice.high:.3g}")
+    paragraph(", ".join(f"{budget}: {rate:.3g}" for budget, rate in means.items()))
     return ratio >= ENOUGH or bool(advice.low <= means[best] <= advice.high), spent
 
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spent += sum(seconds for _, seconds in judged)
     searched = float(table.groupby("seed")["engine_s"].first().sum())
     words = f"{spent:.0f} s for calibration and three answers, {searched:.0f} s for the search"
-    console.print(f"engine time: {words}: {spent / searched:.0%}")
+    paragraph(f"engine time: {words}: {spent / searched:.0%}")
     met = all(good for good, _ in judged) and spent <= SHARE * searched
     missed = "MISSED: at least 95 % of the best or inside the interval, with a quarter of the engine time"
     console.print(f"{'met' if met else missed}; in {took()}")

@@ -25,7 +25,7 @@ from experiments.engine.engine_process import engines
 from experiments.records.metrics import NAMES, Served, saturation_throughput, served_of
 from experiments.records.record import Phase, Record, Request
 from experiments.records.store import write_whole
-from experiments.records.terminal import arguments, command, console, parse, result
+from experiments.records.terminal import arguments, command, paragraph, parse, result
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.simulator import SimulatedEngine
 from experiments.spec.expand import expand
@@ -141,7 +141,7 @@ def compare(case: Case, folder: Path, ours: dict[str, list[Served]]) -> list[tup
         for what, seen, limit in (("measured", pooled(ours[kind]), MEASURED), ("simulated", simulated[kind], SIMULATED)):
             found += judged(f"{kind} loop, {what}", theirs, values(seen, targets, benches[0].users), limit)
     scales = fitted(case, read_runs([folder / f"fitted-{share:g}.json" for share in FITTED], budget))
-    console.print(f"the server, from our loop's calibration: {scales}")
+    paragraph(f"the server, from our loop's calibration: {scales}")
     for what, benches in (("third load", runs["open"]), (f"chunk size {OTHER}", read_runs([folder / "other.json"], OTHER))):
         sides = (
             pooled([one.seen for one in benches]),
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     case = case_here(folder)
     lines = compare(case, folder, measure(case, folder))
     for words, met in lines:
-        console.print(f"{'met   ' if met else 'MISSED'}  {words}")
+        paragraph(f"{'met   ' if met else 'MISSED'}  {words}")
     result(met=all(met for _, met in lines), lines=[words for words, _ in lines])
     return 0 if all(met for _, met in lines) else 1
 
