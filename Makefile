@@ -92,7 +92,7 @@ HAS_GPU := $(filter-out 0,$(shell command -v nvidia-smi >/dev/null 2>&1 && nvidi
 HAS_DOCKER := $(shell command -v $(call QUOTED,$(DOCKER)) 2>/dev/null)
 HAS_PYTHON := $(if $(HAS_GPU),$(shell $(call QUOTED,$(PYTHON)) -c 'import sys; print(*[1] * (sys.version_info >= (3, 11)))' 2>/dev/null))
 # What may start an engine. All else runs in .venv on this host, as a simulation does, whatever GPUs are here.
-MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate $(if $(GPU),,recommend) gpu-check check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
+MEASURING := $(filter setup preflight smoke fig9a fig9b node calibrate validate $(if $(GPU)$(BENCH),,recommend) gpu-check check-advice bench $(if $(RAY_ADDRESS),plan),$(MAKECMDGOALS))
 ASKED := $(if $(filter IN,$(GIVEN)),$(IN))
 # Where there is a GPU doctor says what auto stands for, before anything else is set up: make reads its answer and starts anew.
 ifneq ($(and $(MEASURING),$(HAS_GPU),$(filter auto,$(TESTBED)),$(if $(filter docker,$(ASKED)),,1),$(or $(HAS_PYTHON),$(if $(HAS_DOCKER),,1))),)
@@ -308,8 +308,9 @@ ON_GPU = $(foreach v,$(ON_TABLES),$(if $($v),--$(call LOWER,$v)="$$$v"))
 BY_TABLES := $(if $(strip $(GPU)),$(TABLES)/tables.stamp)
 TABLES_PY = $(if $(BY_TABLES),$(TABLES)/bin/python,$1)
 
-recommend: $(or $(BY_TABLES),setup) ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine {MODEL TESTBED GPU TP MAX_LEN DTYPE TTFT_P99 TBT_P99 TPOT_P99 E2E_P99 GOODPUT QPS CONCURRENCY ARRIVALS HIT BENCH SERVED TRACE OUT}
-	@$(call TABLES_PY,$(ENGINE_PY)) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" \
+# A server that runs is asked by its results alone.
+recommend: $(or $(BY_TABLES),$(if $(BENCH),$(VENV)/core.stamp,setup)) ## the chunk size for MODEL and latency targets, or at a given load; confirmed on this machine's engine {MODEL TESTBED GPU TP MAX_LEN DTYPE TTFT_P99 TBT_P99 TPOT_P99 E2E_P99 GOODPUT QPS CONCURRENCY ARRIVALS HIT BENCH SERVED TRACE OUT}
+	@$(call TABLES_PY,$(if $(BENCH),$(PY),$(ENGINE_PY))) -m analysis.advise.recommend --testbed="$$TESTBED" --out="$$OUT" --model="$$MODEL" \
 		$(ON_GPU) $(foreach v,$(ON_SERVER),$(if $($v),--$(call LOWER,$v)="$$$v")) $(WITH_TRACE) $(SAY) -- $(foreach v,$(QUESTION),$(if $($v),$v="$$$v"))
 
 capacity: $(or $(BY_TABLES),$(VENV)/core.stamp) ## capacity by chunk size and P99 TBT target on the paper's machines, or of MODEL on GPU; the paper's choices {MODEL TESTBED GPU TP MAX_LEN DTYPE TRACE}

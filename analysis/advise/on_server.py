@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ WORST = 0.25  # error of a latency beyond which a calibration explains nothing
 SHARES, TAILS = (0.25, 0.5, 0.75, 0.9), (0.5, 0.9, 0.99)  # quantiles of TTFT and of gaps that are compared
 SURER = 3.0  # how much more these weigh: a run has some fifty gaps a request
 START, PRIOR = (1.0, 1e-3, 5e-3), 0.002  # scale, seconds between steps and of a request; how much it weighs to stay near them
+WANTED = "what vllm bench serve --save-result --save-detailed writes"
 BUDGET, BATCH = "max_num_batched_tokens", "max_num_seqs"  # in a result by --metadata
 
 
@@ -63,32 +65,40 @@ class Scales:
         return replace(slower, loop=replace(slower.loop, between_s=self.between_s, front_s=self.front_s))
 
 
-def read_benches(paths: Sequence[str], told: str) -> list[Bench]:
-    """The runs in these files, of two loads or more. told: CHUNK/BATCH of the server, for those that do not say it. Raises
-    SpecError."""
+def read_benches(given: str, told: str) -> list[Bench]:
+    """The runs in files that commas separate, of two loads or more, none if none is given. told: CHUNK/BATCH of the server, for
+    those that do not say it. Raises SpecError."""
+    paths = [path.strip() for path in given.split(",") if path.strip()]
+    if told and not paths:
+        raise SpecError(f"SERVED: got {told} without BENCH; allowed: with BENCH=low.json,high.json, which it speaks of")
     found = [run for path in paths for run in runs_in(Path(path), told)]
-    rates = sorted(run.rate for run in found)
-    if len(found) < 2 or rates[-1] < APART * rates[0]:
-        came = ", ".join(f"{rate:.3g}" for rate in rates) or "none"
-        raise SpecError(f"BENCH: got runs at {came} requests/s; allowed: two or more, the loads at least {APART:g} times apart")
+    rates = [run.rate for run in found]
+    if paths and (len(found) < 2 or max(rates) < APART * min(rates)):
+        came = ", ".join(f"{run.name} with requests sent at {run.rate:.3g}/s" for run in found)
+        allowed = (
+            f"two runs or more, the fastest at least {APART:g} times the slowest: another --request-rate or --max-concurrency"
+        )
+        raise SpecError(f"BENCH: got {came}; allowed: {allowed}")
     return found
 
 
 def runs_in(path: Path, told: str) -> list[Bench]:
     """The runs in a file. Raises SpecError."""
+    where = f"BENCH: {path}"
     try:
-        return [_bench(f"BENCH: {path}", run.node, told) for run in find_requests(path.read_bytes())]
+        runs = find_requests(path.read_bytes())
     except OSError as error:
-        raise SpecError(f"BENCH: {path}: cannot be read: {error.strerror}; a result of vllm bench serve is expected") from None
-    except SpecError as error:
-        raise SpecError(str(error) if "BENCH" in str(error) or "SERVED" in str(error) else f"BENCH: {path}: {error}") from None
+        raise SpecError(f"{where}: cannot be read: {error.strerror}; allowed: files, separated by commas; {WANTED}") from None
+    except SpecError as error:  # what is wrong with it, not how a trace is had
+        raise SpecError(f"{where}: {re.split('; allowed|: vllm bench|; or ', str(error))[0]}; allowed: {WANTED}") from None
+    return [_bench(where, run.node, told) for run in runs]
 
 
 def _bench(where: str, node: Any, told: str) -> Bench:
     lists = ("input_lens", "output_lens", "start_times", "ttfts", "itls")
     if not isinstance(node, dict) or (lacks := [name for name in lists if not isinstance(node.get(name), list)]):
         came = f"no {', '.join(lacks)}" if isinstance(node, dict) else "no result of it"
-        raise SpecError(f"{where}: got {came}; allowed: what vllm bench serve --save-result --save-detailed writes")
+        raise SpecError(f"{where}: got {came}; allowed: {WANTED}")
     prompt, output, start, ttft, itls = (node[name] for name in lists)
     good = [n for n in np.argsort(start).tolist() if output[n] > 0 and ttft[n] > 0]
     if len(good) < max(FEWEST_REQUESTS, (1 - MOST_FAILED) * len(start)):
@@ -110,8 +120,8 @@ def _setting(where: str, node: Any, told: str) -> Setting:
     numbers = [number_at(node, BUDGET), number_at(node, BATCH)]
     if any(map(math.isnan, numbers)):
         numbers = [float(part) if part.strip().isdecimal() else math.nan for part in told.split("/")]
-    if len(numbers) != 2 or not all(1 <= number <= 1e6 for number in numbers):
-        form = "SERVED=2048/256, the server's --max-num-batched-tokens and --max-num-seqs"
+    if len(numbers) != 2 or not 1 <= numbers[1] <= numbers[0] <= 1e6:
+        form = "SERVED=2048/256, the server's --max-num-batched-tokens and --max-num-seqs, which is no more"
         own = f"--metadata {BUDGET}=2048 {BATCH}=256"
         raise SpecError(f"SERVED: got {told!r} for {where.removeprefix('BENCH: ')}; allowed: {form}, or {own} of the client")
     return Setting(int(numbers[0]), int(numbers[1]))
@@ -179,7 +189,7 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
     told = {"steps": scales.steps, "between_s": scales.between_s, "front_s": scales.front_s}
     paragraph(
         f"the server, from calibration {case.calibration.calibration}: steps take {scales.steps:.3g} times as long, "
-        f"{1e3 * scales.between_s:.2g} ms between them, {1e3 * scales.front_s:.2g} ms a request before the engine has it"
+        f"{1e3 * scales.between_s:.3g} ms between them, {1e3 * scales.front_s:.3g} ms a request before the engine has it"
     )
     rows, explained, foretold = list[dict[str, Any]](), list[float](), list[float]()
     for bench in benches:
@@ -192,7 +202,7 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
             {"run": bench.name, "rate": bench.rate, **asdict(bench.setting), "measured": seen, "error": own, "foretold": left}
         )
         parts = ", ".join(
-            f"{words} {1e3 * seen[name]:.1f} ms (simulated {own[name]:+.0%}; from the others alone {left[name]:+.0%})"
+            f"{words} {1e3 * seen[name]:.1f} ms (simulated {own[name]:+.0%}; fitted without this run {left[name]:+.0%})"
             for name, words in NAMES.items()
         )
         paragraph(
@@ -202,8 +212,9 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
         came = (
             f"got {max(explained):.0%} between these runs and calibration {case.calibration.calibration}, however it is scaled"
         )
-        raise SpecError(f"BENCH: {came}; allowed: at most {WORST:.0%}; was it another model, GPU, SERVED or busy machine?")
+        check = "check MODEL, GPU or TESTBED, and SERVED, or bench again with nothing else on the machine"
+        raise SpecError(f"BENCH: {came}; allowed: at most {WORST:.0%}; {check}")
     error = replace(case.calibration.error, end_to_end=max(foretold), small_steps=None)
-    fixed = f"scaled to {len(benches)} runs of a server, each foretold from the others within {max(foretold):.0%}"
+    fixed = f"scaled to {len(benches)} runs of a server, each foretold without it within {max(foretold):.0%}"
     calibration = replace(scales.applied(case.calibration), title=f"{case.calibration.title}, {fixed}", error=error)
     return replace(case, calibration=calibration), {**told, "runs": rows, "end_to_end": max(foretold)}

@@ -105,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check_options(options, parser.get_default("testbed"), engine=True)
     question = asked(options.question)
-    files_given = [path for path in options.bench.split(",") if path]
-    benches = read_benches(files_given, options.served) if files_given else []
-    options.trace = options.trace or (files_given[-1] if benches else options.trace)
+    benches = read_benches(options.bench, options.served)
+    options.trace = options.trace or options.bench.rpartition(",")[2].strip()  # by default the requests of the last
     if options.gpu:
         testbed, where, case = None, f"{options.tp or 1} {options.gpu}", case_asked(options)
         missing = ["no GPU here is asked"]

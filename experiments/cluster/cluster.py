@@ -6,6 +6,7 @@ Records come back trial by trial, so no shared file system is needed and the dri
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,5 +232,9 @@ def _on(node: str) -> Any:
 
 def _reason(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
+    if used := re.search(r"was (\S+) used / (\S+) limit", str(cause)):  # Ray's memory monitor; its last line is on its settings
+        most = re.search(r"^\d+\t([\d.]+)\t(.{1,60})", str(cause), re.M)
+        whose = f", {most[1]}GB of it by {most[2].strip()}" if most else ""
+        return f"out of memory: {used[1]} of this machine's {used[2]} in use{whose}; end what else runs"
     last = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {last[-1][:200] if last else 'no message'}"

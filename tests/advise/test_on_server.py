@@ -57,7 +57,7 @@ def benches(*results: dict[str, Any], folder: Path, told: str = "128/16") -> lis
     paths = [folder / f"{number}.json" for number in range(len(results))]
     for path, one in zip(paths, results, strict=True):
         path.write_text(json.dumps(one))
-    return read_benches([str(path) for path in paths], told)
+    return read_benches(",".join(map(str, paths)), told)
 
 
 def test_scales_come_back_and_foretell_a_third_load_and_another_chunk_size(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_the_client_saw_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "both.jsonl"  # --append-result: one after the other
     slow = lists | {"start_times": [9.0 * n for n in range(count)], "request_rate": "inf", "max_concurrency": 4}
     path.write_text("\n".join(json.dumps({"request_rate": 1.0, **one}) for one in (lists, slow)))
-    first, second = read_benches([str(path)], "64/8")
+    first, second = read_benches(str(path), "64/8")
     assert first.setting == Setting(64, 8)
     assert first.arrivals.tolist() == list(range(19))
     assert first.lengths == ((8, 3),) * 19
@@ -99,12 +99,13 @@ def test_what_the_client_saw_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told", "words"),
     [
-        ([{}, {}], "128/16", "got runs at 1.69, 1.69 requests/s; allowed: two or more, the loads at least 1.2 times apart"),
-        ([{}], "128/16", "got runs at 1.69 requests/s; allowed: two or more"),
+        ([{}, {}], "128/16", "got 0.json with requests sent at 1.69/s, 1.json with requests sent at 1.69/s; allowed: two runs"),
+        ([{}], "128/16", "got 0.json with requests sent at 1.69/s; allowed: two runs or more, the fastest at least 1.2 times"),
         ([{"itls": None}], "128/16", "got no itls; allowed: what vllm bench serve --save-result --save-detailed writes"),
         ([{"ttfts": [0.0] * 150}], "128/16", "got 0 of 150 requests answered; allowed: at least 16, and 95% of them"),
         ([{}], "", "SERVED: got '' for "),
         ([{}], "128", "SERVED: got '128' for "),
+        ([{}], "16/128", "SERVED: got '16/128' for "),
         ([{}], "0/16", "allowed: SERVED=2048/256, the server's --max-num-batched-tokens and --max-num-seqs"),
     ],
 )
@@ -113,6 +114,34 @@ def test_what_is_no_use_is_told_in_a_line(changes: list[dict[str, Any]], told: s
         benches(*(result(1.5, 1, **one) for one in changes), folder=tmp_path, told=told)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("hello", "got 'hello'; allowed: what vllm bench serve --save-result --save-detailed writes"),
+        (
+            '{"total_input_tokens": 90, "total_output_tokens": 60, "completed": 3}',
+            "got a summary, 30 and 20 tokens at the mean",
+        ),
+        ('{"input_lens": [1, 2', "cut off in line 1"),
+        (None, "cannot be read: No such file or directory; allowed: files, separated by commas; what vllm bench serve"),
+    ],
+)
+def test_what_is_no_result_is_told_without_advice_on_traces(text: str | None, words: str, tmp_path: Path) -> None:
+    if text:
+        (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SpecError) as error:
+        read_benches(str(tmp_path / "a.json"), "128/16")
+    assert str(error.value).startswith(f"BENCH: {tmp_path / 'a.json'}: ")
+    assert words in str(error.value)
+    assert "TRACE" not in str(error.value)
+
+
+def test_settings_of_a_server_without_its_results_are_refused() -> None:
+    with pytest.raises(SpecError, match="SERVED: got 128/16 without BENCH"):
+        read_benches("", "128/16")
+    assert read_benches("", "") == []
 
 
 @pytest.fixture
@@ -148,7 +177,7 @@ def test_advice_for_a_server_that_runs(tmp_path: Path, capsys: pytest.CaptureFix
         "scaled to 2 runs of a server",
         f"paste: --max-num-batched-tokens {best['budget']} --max-num-seqs {best['max_batch']}, all else as the server has it",
         "verify: restart the server so, and vllm bench serve --model mistral-7b ",
-        "each foretold from the others within ",
+        "each foretold without it within ",
     ):
         assert words in said
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from experiments.cluster import local_ray
+from experiments.cluster import cluster, local_ray
 from experiments.records.errors import SpecError
 from experiments.records.provenance import ROOT
 from experiments.run import main
@@ -27,7 +27,7 @@ This process on node 127.0.0.1 was started with:
 """
 STARTED = """
 import json, os, psutil
-from experiments.cluster import local_ray
+from experiments.cluster import cluster, local_ray
 with local_ray.ray_cluster() as ray:
     folder = ray._private.worker._global_node.get_temp_dir_path()
     token = local_ray.OWN["RAY_AUTH_TOKEN"].encode()
@@ -152,3 +152,15 @@ def test_an_images_own_ray_is_on_loopback_with_a_token_of_its_own(tmp_path: Path
         assert not any(token in row[4] for row in rows)  # the process list shows arguments to everyone
         tokens.append(token)
     assert tokens[0] != tokens[1]
+
+
+def test_a_session_that_ray_killed_for_want_of_memory_says_who_has_it() -> None:
+    """Ray's message ends in advice on its own settings."""
+    said = """Memory on the node was 22.37GB used / 23.54GB limit (0.950298)
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+6180\t20.34\tawk { for (;;) }
+6225\t0.78\tray::IDLE
+Refer to the documentation on how to address the out of memory issue"""
+    told = "out of memory: 22.37GB of this machine's 23.54GB in use, 20.34GB of it by awk { for (;;) }; end what else runs"
+    assert cluster._reason(RuntimeError(said)) == told
+    assert cluster._reason(RuntimeError("a\nb\n")) == "RuntimeError: b"
