@@ -114,7 +114,10 @@ def advise(case: Case, search: Search, question: Question, also: Sequence[Settin
     found = ranked(case, score, also)
     if not found:
         alone = {setting: loads[LOWEST] for (setting, _), loads in search.seen.items() if LOWEST in loads}
-        raise _impossible(case, question, ": no chunk size keeps that, even one request at a time", alone)
+        none = f": no chunk size keeps that at the lowest load looked at ({search.rate(LOWEST):.2g} requests/s)"
+        if min(seen["delay_p50"] for seen in alone.values()) > question.delay_s:
+            none += "; the arrivals, not the chunk size, make the scheduling delay there"
+        raise _impossible(case, question, none, alone)
     best = option(case, search, found[0], limits)
     swept = [setting.budget for setting in case.settings_to_try()]
     sizes = [Setting(size, best.setting.max_batch) for size in around(best.setting.budget, swept)]
@@ -212,10 +215,17 @@ def advise_load(case: Case, search: Search, question: Question) -> Advice:
     def score(setting: Setting, seed: int, expected: float, bar: float | None) -> float:
         return 1 / at(setting, seed)[goal] if at(setting, seed).within(limits)[0] <= 0 else 0.0
 
+    def mean(values: Sequence[float]) -> float:
+        return math.prod(values) ** (1 / len(values))
+
     def made(setting: Setting) -> Option:
-        excess, bound_by = at(setting, case.seeds[0]).within(limits)
-        carried = users / float(case.served(setting, rate, case.seeds[0]).requests["e2e"].mean()) if users else rate
-        return Option(setting, carried if excess <= 0 else 0.0, bound_by, at(setting, case.seeds[0]))
+        seen = [at(setting, seed) for seed in case.seeds]
+        means = Latency({name: mean([each[name] for each in seen]) for name in seen[0]})
+        excess, bound_by = means.within(limits)
+        if excess > 0:
+            return Option(setting, 0.0, bound_by, means)
+        times = [float(case.served(setting, rate, seed).requests["e2e"].mean()) for seed in case.seeds]
+        return Option(setting, users / mean(times) if users else rate, "nothing", means)
 
     swept = case.settings_to_try()
     if not (found := ranked(case, score)):
@@ -230,7 +240,8 @@ def advise_load(case: Case, search: Search, question: Question) -> Advice:
 
 
 def _impossible(case: Case, question: Question, words: str, seen: Mapping[Setting, Latency]) -> SpecError:
-    """No setting keeps the limits: how close one can get."""
-    closest = min(seen, key=lambda setting: seen[setting].within(question.limits)[0])
+    """No setting keeps the limits: how close one can get to what was asked."""
+    asked = Latency({name: limit for name, limit in question.limits.items() if name != "delay_p50"}) or question.limits
+    closest = min(seen, key=lambda at: (max(0.0, seen[at].within(asked)[0]), seen[at].within(question.limits)[0]))
     came = f"the closest is {closest.budget} tokens: {describe(seen[closest])} ({evidence(case)})"
     return SpecError(f"{case.model}: {question}{words}; {came}")

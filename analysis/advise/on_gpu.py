@@ -9,7 +9,7 @@ from analysis.advise.advice import WIDEST, Advice
 from analysis.advise.capacity import WORDS
 from analysis.advise.case import Case, case_for, requests_asked
 from analysis.advise.question import Question
-from analysis.advise.tell import bench_command
+from analysis.advise.tell import show_bench
 from experiments.calibrate.gpu import LONGEST, calibration_of, model_of, tables
 from experiments.records.errors import SpecError
 from experiments.records.terminal import console, paragraph
@@ -73,13 +73,13 @@ def case_asked(options: argparse.Namespace) -> Case:
     """What the options ask, simulated from the kernel tables. Raises SpecError for what they, memory or TRACE do not allow."""
     max_len, figure = longest(options.model, options.max_len), load_figure("fig9b")
     assert isinstance(figure, ServingFigure)
-    trace = requests_asked(options.trace, max_len)
     config, name = model_of(options.model)
     quantized = load_model(config).get("quantization_config") or {}
     if quantized.get("quant_method") == "fp8" and options.dtype not in ("", "fp8"):
         raise SpecError(f"DTYPE: got {options.dtype} of a model whose weights are fp8; allowed: fp8")
     parts, dtype = whole("TP", options.tp, 1, 8), options.dtype or ("fp8" if quantized else "bfloat16")
     calibration = calibration_of(config, options.gpu, parts, dtype)
+    trace = requests_asked(options.trace, max_len)
     settings = EngineSettings(
         "simulated", config, parts, dtype, "dummy", 2 * MOST_BATCH, MOST_BATCH, max_len, None, None, UTILIZATION
     )
@@ -129,4 +129,4 @@ def say(case: Case, advice: Advice, question: Question, words: Sequence[str]) ->
         paragraph(f"vLLM's default on this GPU, {told}: {_default(advice)}")
     if any(panel.model == words[0] for panel in load_figure("fig9b").panels):
         paragraph(f"verify there: make recommend MODEL={' '.join(words)}")
-    console.print(f"verify by the command to paste and, in another shell: {bench_command(case, advice)}")
+    show_bench(case, advice, "run the command to paste and, in another shell, this")

@@ -22,7 +22,7 @@ SHOWN = ("tbt_p99", "ttft_p50", "delay_p50")  # of every load, whatever is asked
 MOST = 1e6  # seconds, requests per second: what a figure may say, too
 MOST_CV, MOST_USERS, MOST_HIT = 100.0, 5_000, 0.99  # users: the synthetic trace has requests for the longest trial of them
 LEAST_QPS = 1e-3  # a request every 17 minutes, as the lowest that is looked at; far below, clocks are too coarse
-LONG_S = 10.0  # a target beyond it may have been meant in milliseconds
+LONG_S, LONG_E2E_S = 10.0, 1e3  # a target beyond it may have been meant in milliseconds
 
 
 def kind_of(name: str) -> str:
@@ -121,7 +121,8 @@ def asked(words: Sequence[str]) -> Question:
         raise SpecError(f"GOODPUT: got {came} with it; allowed: one target each of TTFT, TPOT, E2E, of which a request has one")
     traffic, rate = _traffic(given), _number("QPS", given["QPS"], least=LEAST_QPS) if "QPS" in given else None
     if rate and traffic and traffic.users:
-        raise SpecError(f"QPS: got {given['QPS']} in a closed loop; allowed: one of them, its users make its load")
+        came = f"{given['QPS']} and {traffic.users} users"
+        raise SpecError(f"QPS: got {came}; allowed: one of them, as users who ask again when served make their own load")
     hit = _number("HIT", given["HIT"], MOST_HIT, "a share of the prompt tokens, such as 0.4: ") if "HIT" in given else 0.0
     return Question(targets, goodput, rate, traffic, hit)
 
@@ -133,29 +134,29 @@ def _traffic(given: Mapping[str, str]) -> Traffic | None:
         same = f"ARRIVALS=closed:{users} is the same"
         raise SpecError(f"CONCURRENCY: got {users} and ARRIVALS={arrivals}; allowed: one of them, {same}")
     kind, _, number = (f"closed:{users}" if users else arrivals).partition(":")
-    name = "CONCURRENCY" if users else "ARRIVALS"
     if kind == "closed":
-        if (many := _number(name, number, MOST_USERS, "users, a whole number: ")) % 1:
-            raise SpecError(f"{name}: got {number!r}; allowed: a whole number of users")
-        return Traffic("closed", many)
+        if number.isdecimal() and 1 <= int(number) <= MOST_USERS:
+            return Traffic("closed", float(number))
+        came = f"CONCURRENCY: got {users!r}; allowed:" if users else f"ARRIVALS: got {arrivals!r}; allowed: closed:N,"
+        raise SpecError(f"{came} a whole number of users from 1 to {MOST_USERS:,}")
     if kind == "gamma":
-        return Traffic("gamma", _number(name, number, MOST_CV, "the CV of the gaps, as gamma:2: "))
+        return Traffic("gamma", _number("ARRIVALS", number, MOST_CV, "the CV of the gaps, as gamma:2: ", came=arrivals))
     if arrivals and arrivals not in ("poisson", "trace"):
         raise SpecError(f"ARRIVALS: got {arrivals!r}; allowed: poisson, trace, gamma:CV, closed:N")
     return Traffic("trace" if arrivals == "trace" else "poisson") if arrivals else None
 
 
-def _number(name: str, text: str, most: float = MOST, what: str = "", least: float = 0.0) -> float:
+def _number(name: str, text: str, most: float = MOST, what: str = "", least: float = 0.0, came: str = "") -> float:
     with suppress(ValueError):
         if least < float(text) <= most:
             return float(text)
-    raise SpecError(f"{name}: got {text!r}; allowed: {what}a number above {least:g}, at most {most:g}")
+    raise SpecError(f"{name}: got {(came or text)!r}; allowed: {what}a number above {least:g}, at most {most:g}")
 
 
 def _seconds(name: str, text: str) -> float:
     """A target: 0.3, 0.3s or 300ms."""
     unit = re.search("m?s$", text)
-    value = _number(name, text[: unit.start()] if unit else text, what="seconds, or milliseconds as 300ms: ")
-    if not unit and value > LONG_S:
+    value = _number(name, text[: unit.start()] if unit else text, what="seconds, or milliseconds as 300ms: ", came=text)
+    if not unit and value > (LONG_E2E_S if name.startswith("E2E") else LONG_S):
         raise SpecError(f"{name}: got {text}, which is in seconds: were milliseconds meant? allowed: {text}ms, or {text}s")
     return value / 1e3 if unit and unit[0] == "ms" else value

@@ -25,12 +25,21 @@ from experiments.records.store import to_json, write_whole
 from experiments.records.terminal import arguments, command, console, paragraph, parse, result, written
 from experiments.simulator.calibration import load_calibration
 from experiments.simulator.estimate import calibration_here
-from experiments.spec.expand import expand
+from experiments.spec.expand import Session, expand
 from experiments.spec.spec import Testbed, load_figure, slug
 from experiments.spec.traces import Trace
 from experiments.spec.workload import MAX_REQUESTS
 
 CONFIRM_AT = 0.9  # of the simulated capacity: at the capacity itself a coin would decide
+
+
+def session_of(testbed: Testbed, model: str) -> Session:
+    """Figure 9b's of the model on the testbed. Raises SpecError for a model that is not there."""
+    sessions = {session.model: session for session in expand(load_figure("fig9b"), testbed, 1)}
+    if model not in sessions:
+        allowed = f"allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}; others with GPU=, see GPU=help"
+        raise SpecError(f"MODEL: got {model!r}; {allowed}")
+    return sessions[model]
 
 
 def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> Case:
@@ -39,11 +48,7 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     Simulated with this machine's calibration where there is one, else with the testbed's; `make` one where there is neither.
     Raises SpecError for a model that is not there, or has no calibration.
     """
-    sessions = {session.model: session for session in expand(load_figure("fig9b"), testbed, 1)}
-    if model not in sessions:
-        allowed = f"allowed on testbed {testbed.testbed}: {', '.join(sorted(sessions))}; others with GPU=, see GPU=help"
-        raise SpecError(f"MODEL: got {model!r}; {allowed}")
-    settings = sessions[model].engine
+    settings = (session := session_of(testbed, model)).engine
     here = calibration_here(testbed.testbed, settings)
     if here is None and settings.calibration is None and make:
         from experiments.calibrate.here import calibrate, settings_of  # not before: what fits takes long to import
@@ -52,7 +57,7 @@ def case_of(testbed: Testbed, model: str, trace: Trace, make: bool = False) -> C
     name = str(here) if here else settings.calibration
     if name is None:
         raise SpecError(f"{model}: no calibration for testbed {testbed.testbed}; make calibrate makes one, on its machine")
-    return case_for(sessions[model], load_calibration(name), trace, load_figure("fig9b").max_model_len)
+    return case_for(session, load_calibration(name), trace, load_figure("fig9b").max_model_len)
 
 
 def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
@@ -77,10 +82,11 @@ def case_here(options: argparse.Namespace, question: Question, server: bool) -> 
     `server`: of one that runs already, whose tokens are what they are; nothing is calibrated for it. Raises SpecError.
     """
     testbed, reason = choose_testbed(options.testbed, options.out, options.model)
-    paragraph(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
     simulated = testbed.platform == "simulated"
     if simulated:
         check_options(options, options.testbed)
+        session_of(testbed, options.model)
+    paragraph(f"testbed {testbed.testbed} ({reason}): {testbed.title}")
     missing = ["a simulated testbed has no engine"] if simulated else problems(testbed, options.out, gpus())
     mine = own(options, testbed, missing) if not simulated and is_own(options, testbed) else None
     scale, longest = 1 if server else testbed.scale, mine.max_len if mine else load_figure("fig9b").max_model_len
@@ -126,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paragraph(f"evidence: {evidence(case)}")
     tell.show_command(case, advice, known["ttft_by_prompt"])
     if benches:
-        console.print(f"verify: restart the server so, and {tell.bench_command(case, advice)}")
+        tell.show_bench(case, advice, "restart the server so, then run this")
     elif options.gpu:
         say(case, advice, question, [options.model, *options.question])
     measured = confirm(case, advice, testbed) if testbed and not missing else []

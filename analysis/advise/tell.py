@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.advise.advice import Advice, Confirmed, Option, settled
+from analysis.advise.advice import TIE, Advice, Confirmed, Option, settled
 from analysis.advise.capacity import TARGETS, WORDS, Latency, Search, Setting, curve
-from analysis.advise.case import Case
+from analysis.advise.case import FIRST, Case
 from analysis.show.plots import save
 from analysis.show.plots_advice import capacity_figure
 from experiments.engine.arguments import command_line, serving_arguments, serving_environment
@@ -25,6 +25,7 @@ from experiments.records.terminal import console, paragraph
 from experiments.spec.spec import model_path, read_yaml
 
 TARGETS_SHOWN = 60  # P99 TBT targets of a capacity curve, spread evenly over their logarithm
+MOST_SHOWN = 5  # latencies in the table of options: so many leave room for the rest in 80 columns
 
 
 def serve_arguments(case: Case, setting: Setting) -> str:
@@ -45,14 +46,16 @@ def serve_arguments(case: Case, setting: Setting) -> str:
     return " ".join([*variables, shlex.join(words)])
 
 
-def bench_command(case: Case, advice: Advice) -> str:
-    """`vllm bench serve` with the mean request of the trace, at 90 % of the capacity advised, or the load that is given."""
+def show_bench(case: Case, advice: Advice, where: str) -> None:
+    """Print `vllm bench serve` of the mean request, at 90 % of the capacity, or the load given; where: what to do first."""
     prompt, output = (round(float(lengths.mean())) for lengths in (case.trace.prompt, case.trace.output))
     traffic, question = case.session.traffic, advice.question
     rate = question.rate or 0.9 * advice.best.rate
     load = f"--max-concurrency {question.users}" if question.users else f"--request-rate {rate:.3g}"
     load += f" --burstiness {traffic.number**-2:.3g}" if traffic.arrivals == "gamma" else ""
-    return (
+    alike = np.ptp(case.trace.prompt) == np.ptp(case.trace.output) == 0
+    paragraph(f"verify: {where}{'' if alike else ' (its lengths have the same means, not the same spread)'}:")
+    console.print(
         f"vllm bench serve --model {case.model} --dataset-name random --ignore-eos --random-input-len {prompt} "
         f"--random-output-len {output} {load} --num-prompts {max(1024, 4 * question.users)} "
         "--percentile-metrics ttft,tpot,itl --metric-percentiles 50,99"
@@ -70,33 +73,42 @@ def show_headline(case: Case, advice: Advice) -> None:
         words = f"{WORDS[question.goal]} {advice.value:.3g} s ({many}) with {question} {question.load}"
     console.print()
     paragraph(f"{what}: {words}", style="bold")
+    if (waiting := question.users - best.setting.max_batch) > 0:
+        paragraph(f"{question.users} users are more than the requests in a step: {waiting} queue at any time, which is in TTFT")
 
 
 def show_options(answers: Mapping[str, tuple[Case, Advice]]) -> None:
     """Print the options beside the best of each answer as one table, of which it is the part with that name."""
     questions = [advice.question for _, advice in answers.values()]
-    asked = dict.fromkeys(name for each in questions for name in (*NAMES, *each.targets, each.goal))
-    names = [name for name in asked if name in TARGETS]
-    columns = ("chunk", "batch", "QPS", "to best", "bound by", *(f"{WORDS[name]} ms" for name in names))
+    asked = dict.fromkeys(name for each in questions for name in (each.goal, *each.targets, *reversed(NAMES)))
+    names = sorted([name for name in asked if name in TARGETS][:MOST_SHOWN], key=[*TARGETS].index)
+    ((case, advice), *_) = answers.values()
+    goal, load = advice.question.goal, advice.question.load
+    rows = {part: option_rows(*answer, names) for part, answer in answers.items()}
+    columns = ["chunk", "batch", "QPS", "to\nbest", "bound by", *(WORDS[name].replace(" ", "\n") for name in names)]
+    if not any(row[4] for part in rows.values() for row in part):
+        columns, rows = columns[:4] + columns[5:], {part: [row[:4] + row[5:] for row in own] for part, own in rows.items()}
     console.print()
-    terminal.table(columns, {part: option_rows(*answer, names) for part, answer in answers.items()})
-    ((case, _), *_) = answers.values()
-    keys = "batch: most requests in a step; QPS: capacity, mean over seeds; latencies about there"
-    paragraph(f"SIMULATED; {keys}, seed {case.seeds[0]}")
+    terminal.table(columns, rows)
+    keys = f"QPS: capacity, mean over seeds; latencies (ms) about there, seed {case.seeds[0]}"
+    if load:
+        keys = f"to best: in {WORDS[goal]}; QPS and latencies (ms): means over {len(case.seeds)} seeds"
+    tie = f"within {TIE:.0%} of the best the smallest chunk is advised, as its TBT is lower"
+    paragraph(f"SIMULATED; batch: most requests in a step; {keys}; {tie}")
 
 
-def option_rows(case: Case, advice: Advice, names: Sequence[str]) -> list[Sequence[str]]:
+def option_rows(case: Case, advice: Advice, names: Sequence[str]) -> list[list[str]]:
     """A row for the best, each neighbour and what is known as the default, with the latencies of these names."""
-    best, default, rows = advice.best, advice.default, list[Sequence[str]]()
+    best, default, goal, rows = advice.best, advice.default, advice.question.goal, list[list[str]]()
     known = {option.setting: option for option in (default, best, *advice.neighbours) if option}
     for option in sorted(known.values(), key=lambda option: option.setting):
         own = default and option.setting == default.setting
         size = str(option.setting.budget) + ((", now" if case.running else ", vLLM's") if own else "")
         kept = f"{option.rate:.3g}" if option.rate else "no"
-        cost = f"{option.rate / best.rate - 1:+.0%}" if not advice.question.load else ""
-        bound = WORDS[option.bound_by].removeprefix("median scheduling ")
-        latencies = (f"{1e3 * option.latency[name]:.0f}" for name in names)
-        rows.append((size, str(option.setting.max_batch), kept, cost, bound, *latencies))
+        cost = option.latency[goal] / best.latency[goal] if advice.question.load else option.rate / best.rate
+        bound = "" if option.bound_by == "nothing" else WORDS[option.bound_by].removeprefix("median scheduling ")
+        latencies = [f"{1e3 * option.latency[name]:.0f}" for name in names]
+        rows.append([size, str(option.setting.max_batch), kept, f"{cost - 1:+.0%}", bound, *latencies])
     return rows
 
 
@@ -170,36 +182,40 @@ def facts(case: Case, advice: Advice) -> dict[str, Any]:
 
 
 def marks(case: Case, advice: Advice) -> dict[str, Any]:
-    """The answer as a point of the capacity figure."""
-    row = {"model": case.model, "target": advice.question.limits.get("tbt_p99", math.inf), "capacity": advice.value}
+    """The answer in the capacity figure: a point of its curve where the load is looked for, with a P99 TBT target."""
+    target = math.nan if advice.question.load else advice.question.limits.get("tbt_p99", math.nan)
+    row = {"model": case.model, "target": target, "capacity": advice.best.rate}
     return row | {"low": advice.low, "high": advice.high, "label": str(advice.best.setting.budget)}
 
 
-def curves(case: Case, search: Search, settings: Sequence[Setting], limits: Latency, targets: Sequence[float]) -> pd.DataFrame:
-    """Capacity near P99 TBT `targets` (s), from a quarter of the least to twice the most, one curve per setting:
+def curves(case: Case, search: Search, best: Sequence[Setting], limits: Latency, targets: Sequence[float]) -> pd.DataFrame:
+    """Capacity near P99 TBT `targets` (s), from a quarter of the least to twice the most, one curve per chunk size of the sweep
 
-    model, chunk_size, target, capacity (requests/s).
+    and of `best`; means over the seeds on which settings are compared: model, chunk_size, target, capacity (requests/s).
     """
-    tables, near, around = [], 1.0, np.geomspace(min(targets) / 4, 2 * max(targets), TARGETS_SHOWN).tolist()
-    for setting in settings:
-        found = curve(search, setting, limits, case.seeds[0], around, near)
+    tables, near = [], 1.0
+    around = sorted({*np.geomspace(min(targets) / 4, 2 * max(targets), TARGETS_SHOWN).tolist(), *targets})
+    for size, setting in sorted({setting.budget: setting for setting in (*case.settings_to_try(), *best)}.items()):
+        seen = [curve(search, setting, limits, seed, around, near) for seed in case.seeds[:FIRST]]
+        found = np.exp(np.log(seen).mean(axis=0)).tolist()
         near = max((rate for rate in found if rate > 0), default=near)
-        values = {"model": case.model, "chunk_size": setting.budget, "target": around, "capacity": found}
+        values = {"model": case.model, "chunk_size": size, "target": around, "capacity": found}
         tables.append(pd.DataFrame(values))
     return pd.concat(tables, ignore_index=True)
 
 
 def draw(case: Case, search: Search, advice: Advice, where: str, path: Path) -> list[Path]:
-    """The capacity figure of one model with the answer in it; none of a closed loop, or without time between tokens."""
+    """The capacity figure of one model with the answer in it; none of a closed loop, or without time between tokens: one of
+    another question that lies there goes."""
     question = advice.question
     if question.users or not advice.best.latency["tbt_p99"]:
+        for suffix in ("png", "svg"):
+            Path(f"{path}.{suffix}").unlink(missing_ok=True)
         return []
     target = question.limits.get("tbt_p99", advice.best.latency["tbt_p99"])
-    given = "tbt_p99" in question.limits
-    settings = sorted({*case.settings_to_try(), advice.best.setting})
-    table = curves(case, search, settings, question.limits, [target])
-    points = pd.DataFrame([marks(case, advice)]).head(1 if given and not question.load else 0)
+    table = curves(case, search, [advice.best.setting], question.limits, [target])
     what = f"capacity on {where}; {question}; trace {case.trace.name}"
-    lines = {case.model: {"target": target}} if given else {}
+    lines = {case.model: {"target": target}} if "tbt_p99" in question.limits else {}
     title = f"SIMULATED ({case.calibration.calibration}): {what}"
+    points = pd.DataFrame([marks(case, advice)])
     return save(capacity_figure(table, title, lines, points, case.settings.max_model_len), path)[:1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from matplotlib.lines import Line2D
 from analysis.judge.load import chunk_order
 from analysis.show.plots import COLOURS, DASHED, PANEL_INCHES, canvas, colour, log_ticks, styled
 
-# The paper's chunk sizes have their colours of every figure; others are greys with different dashes.
+# The paper's chunk sizes have their colours of every figure, others that are advised their own; the rest is grey, with dashes.
+ADVISED = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+BOLD = {"linewidth": 3.0, "zorder": 4}
 OTHERS = ("#888888", "#BBBBBB")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 PANELS = {"prefill": "prefill time, 9a (ms)", "P50 TTFT": "P50 TTFT, 9b (ms)", "P99 TBT": "P99 TBT, 9b (ms)"}
@@ -29,14 +32,20 @@ def capacity_figure(
     """A panel per model.
 
     curves: model, chunk_size (tokens), target (s), capacity (requests/s); by target. targets: model -> name -> P99 TBT (s),
-    drawn as vertical lines. marks: model, target, capacity, low, high, label: the best of the simulation, with their interval.
+    drawn as vertical lines. marks: model, target, capacity, low, high, label: the chunk sizes advised, whose curves are bold,
+    with their interval where there is a target (else NaN).
     """
     models = list(dict.fromkeys(curves["model"]))
+    looks = _looks(map(str, sorted(curves["chunk_size"].unique())), {*marks["label"]})
     figure = canvas(1.25 * len(models), 1.3 * PANEL_INCHES[1] + 1.0, title)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        rows = curves[curves["model"] == model]
-        _curves(axes, rows, unchunked)
-        _marks(axes, marks[marks["model"] == model])
+        rows, best = curves[curves["model"] == model], marks[marks["model"] == model]
+        for size, look in looks.items():
+            curve, advised = rows[rows["chunk_size"] == int(size)], size in {*best["label"]}
+            label = f"chunk size {size}{' (unchunked)' * (int(size) >= unchunked)}"
+            label += " (recommended)" * (advised and len(models) == 1)
+            axes.plot(curve["target"], curve["capacity"], label=label, **look | (BOLD if advised else {}))
+        _marks(axes, best.dropna(subset="target"))
         for name, target in targets.get(model, {}).items():
             axes.axvline(target, color="black", linewidth=0.6, linestyle=(0, (1, 2)))
             where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
@@ -51,22 +60,25 @@ def capacity_figure(
     return figure
 
 
-def _curves(axes: Axes, rows: pd.DataFrame, unchunked: int) -> None:
-    for number, (size, curve) in enumerate(rows.groupby("chunk_size")):
-        style: dict[str, Any] = {"color": OTHERS[number % len(OTHERS)], "linestyle": DASHES[number % len(DASHES)]}
-        style |= {"linewidth": 1.0, "zorder": 2}
-        if paper := COLOURS.get(str(size)):
-            style = {"color": paper, "linewidth": 1.6, "zorder": 3}
-        label = f"chunk size {size}{' (unchunked)' if int(str(size)) >= unchunked else ''}"
-        axes.plot(curve["target"], curve["capacity"], label=label, **style)
+def _looks(sizes: Iterable[str], advised: set[str]) -> dict[str, dict[str, Any]]:
+    """How the curve of each chunk size is drawn, no two alike."""
+    own, greys, looks = cycle(ADVISED), cycle(product(DASHES, OTHERS)), dict[str, dict[str, Any]]()
+    for size in sizes:
+        if size in COLOURS or size in advised:
+            looks[size] = {"color": COLOURS.get(size) or next(own), "linewidth": 1.6, "zorder": 3}
+        else:
+            dash, grey = next(greys)
+            looks[size] = {"color": grey, "linestyle": dash, "linewidth": 1.0, "zorder": 2}
+    return looks
 
 
 def _marks(axes: Axes, rows: pd.DataFrame) -> None:
     for row in rows.to_dict("records"):
         x, interval = row["target"], (row["low"], row["high"])
         axes.plot([x, x], interval, color="black", linewidth=0.9, marker="_", markersize=4, zorder=5)
-        axes.plot([x], [row["capacity"]], "ko", markersize=3.5, zorder=5, label="best in simulation, 95 % interval")
-        axes.annotate(row["label"], (x, row["high"]), xytext=(5, -2), textcoords="offset points", fontsize=6.5, zorder=6)
+        axes.plot([x], [row["capacity"]], "ko", markersize=3.5, zorder=5, label="recommended (bold), 95 % interval")
+        where: dict[str, Any] = {"xytext": (5, -2), "textcoords": "offset points", "fontsize": 6.5, "fontweight": "bold"}
+        axes.annotate(row["label"], (x, row["high"]), zorder=6, **where)
 
 
 @styled

@@ -96,6 +96,10 @@ def model_of(text: str) -> tuple[str, str]:
         return text, ids.get(text, text)
     for path in (Path(text), Path(text) / "config.json"):
         if text and path.name.endswith(".json") and path.is_file():
+            try:
+                load_model(str(path))
+            except SpecError as error:
+                raise SpecError(f"MODEL: {error}") from None
             return str(path), str(path.parent) if path.name == "config.json" else text
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text)
     if is_id and (config := downloaded(text)):
@@ -138,7 +142,8 @@ def check(model: str, gpu: str, split: int, dtype: str) -> dict[str, Any]:
     if kind not in PLAIN:
         raise SpecError(f"MODEL: {kind}: got layers that this cost model has not; allowed: {', '.join(PLAIN)}")
     if dtype not in DTYPES or quant not in (None, "fp8"):
-        raise SpecError(f"MODEL, DTYPE: got {quant or dtype}; allowed: {', '.join(DTYPES)}, as the tables have them")
+        name, came = ("DTYPE", dtype) if dtype not in DTYPES else ("MODEL", f"weights in {quant}")
+        raise SpecError(f"{name}: got {came}; allowed: {', '.join(DTYPES)}, as the tables have them")
     check_split(shape, split)
     return shape
 

@@ -121,13 +121,17 @@ def table(columns: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]]) 
     console.print()
 
 
+def _wrapped(text: str, **how: Any) -> str:
+    """In lines of at most 80 columns, by words; a word that is longer, such as a path, stays whole."""
+    return textwrap.fill(text, min(80, console.width), break_long_words=False, break_on_hyphens=False, **how)
+
+
 def paragraph(text: str, indent: str = "", hang: str = "", style: str | None = None) -> None:
-    """Print by words, in lines of at most 80 columns; a word that is longer, such as a path, stays whole.
+    """Print wrapped.
 
     hang: begins all lines but the first, after the indent.
     """
-    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "initial_indent": indent}
-    console.print(textwrap.fill(text, min(80, console.width), subsequent_indent=indent + hang, **how), style=style)
+    console.print(_wrapped(text, initial_indent=indent, subsequent_indent=indent + hang), style=style)
 
 
 def took() -> str:
@@ -145,9 +149,9 @@ def written(*paths: Path) -> str:
 
 
 def tell(line: str) -> None:
-    """One line on standard error, heard or not."""
+    """One line on standard error, heard or not; wrapped where that is a terminal."""
     with suppress(OSError):
-        print(line, file=sys.stderr)
+        print(_wrapped(line) if sys.stderr and sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def _unheard() -> None:

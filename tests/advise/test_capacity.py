@@ -201,8 +201,18 @@ def test_advice_at_a_fixed_rate() -> None:
 
 def test_impossible_targets_say_how_close_one_can_get() -> None:
     case, question = small_case(), Question(Latency(tbt_p99=0.005))
-    with pytest.raises(SpecError, match=r"0\.005 s.*even one request at a time; the closest is \d+ tokens: P99 TBT 0\.01"):
+    with pytest.raises(SpecError, match=r"0\.005 s.*lowest load looked at \(.*\); the closest is \d+ tokens: P99 TBT 0\.01"):
         advise(case, case.search(question), question)
+
+
+def test_a_delay_at_any_load_is_of_the_arrivals_and_the_closest_is_by_what_was_asked() -> None:
+    def serve(setting: Setting, rate: float, seed: int) -> Latency:
+        delay = 48.0 + abs(setting.budget - 4096) / 1e3
+        return Latency(tbt_p99=0.05 + abs(setting.budget - 512) / 1e3, ttft_p50=50.0, delay_p50=delay)
+
+    said = r"requests/s\); the arrivals, not the chunk size, make the scheduling delay there; the closest is 512 tokens"
+    with pytest.raises(SpecError, match=said):
+        advise(small_case(), Search(serve), WITHIN)
 
 
 def test_interval() -> None:

@@ -176,7 +176,7 @@ def test_advice_for_a_server_that_runs(tmp_path: Path, capsys: pytest.CaptureFix
         "128, now",
         "scaled to 2 runs of a server",
         f"paste: --max-num-batched-tokens {best['budget']} --max-num-seqs {best['max_batch']}, all else as the server has it",
-        "verify: restart the server so, and vllm bench serve --model mistral-7b ",
+        "this (its lengths have the same means, not the same spread): vllm bench serve --model mistral-7b ",
         "each foretold without it within ",
     ):
         assert words in said

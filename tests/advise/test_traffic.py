@@ -79,10 +79,10 @@ def test_a_closed_loop_serves_its_users_and_no_more() -> None:
     question = Question(Latency(tpot_p99=0.05), traffic=Traffic("closed", 16.0))
     made, _, found = steady(asked(KNOWN, question), question)
     seen = made.served(found.best.setting, 1.0, 42)
-    assert found.best.rate * seen.requests["e2e"].mean() == pytest.approx(16)
+    assert found.best.rate * seen.requests["e2e"].mean() == pytest.approx(16, rel=0.1)
     assert found.best.latency["tpot_p99"] <= 0.05
     assert (question.goal, question.load) == ("ttft_p50", "with 16 users")
-    assert found.value == pytest.approx(found.best.latency["ttft_p50"], rel=0.2)
+    assert found.value == pytest.approx(found.best.latency["ttft_p50"])  # both means over seeds
     few = made.served(Setting(512, 8), 1.0, 42)  # the other eight wait for a place
     assert few.percentile("delay_p50") > seen.percentile("delay_p50")
 
@@ -154,13 +154,17 @@ def test_what_cannot_be_told_has_status_2(
 def test_questions_from_the_command_line(
     words: list[str], headline: str, pictures: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A picture of another question that lies there is drawn anew, or goes."""
     rows = list(zip(KNOWN.prompt[:400].tolist(), KNOWN.output[:400].tolist(), strict=True))
+    (report := tmp_path / "report").mkdir()
+    for suffix in ("png", "svg"):
+        (report / f"recommend-a100-sim-mistral-7b.{suffix}").touch()
     assert run(tmp_path, rows, *words) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(headline, said), said
-    answer = json.loads((tmp_path / "report" / "recommend-a100-sim-mistral-7b.json").read_text())
+    answer = json.loads((report / "recommend-a100-sim-mistral-7b.json").read_text())
     assert answer["traffic"]["again"] is True
-    assert len([*(tmp_path / "report").glob("*.[ps][nv]g")]) == pictures
+    assert len([*report.glob("*.[ps][nv]g")]) == pictures
 
 
 def test_requests_of_one_token_have_a_time_to_it(

@@ -44,6 +44,9 @@ def test_a_model_is_ours_an_id_a_folder_or_a_config(tmp_path: Path, monkeypatch:
     for text in ("no/model", ""):
         with pytest.raises(SpecError, match=line):
             model_of(text)
+    Path(path).write_text('{"hidden_size": 8}')
+    with pytest.raises(SpecError, match=rf"^MODEL: {path}: intermediate_size: got none"):
+        model_of(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,8 @@ def test_an_id_that_was_downloaded_is_known_by_what_was_downloaded(
             ("h100_sxm", 8, "bfloat16"),
             "TP: got 8; allowed: 1, 2, 4, which",
         ),
-        ({}, ("h100_sxm", 1, "int4"), "MODEL, DTYPE: got int4; allowed: bfloat16, float16, fp8, as the tables have them"),
-        ({"quantization_config": {"quant_method": "awq"}}, ("h100_sxm", 1, "bfloat16"), "MODEL, DTYPE: got awq; allowed:"),
+        ({}, ("h100_sxm", 1, "int4"), "DTYPE: got int4; allowed: bfloat16, float16, fp8, as the tables have them"),
+        ({"quantization_config": {"quant_method": "awq"}}, ("h100_sxm", 1, "bfloat16"), "MODEL: got weights in awq; allowed:"),
         ({"architectures": ["MambaForCausalLM"]}, ("h100_sxm", 1, "bfloat16"), "MODEL: MambaForCausalLM: got layers that"),
         ({"architectures": None}, ("h100_sxm", 1, "bfloat16"), "MODEL: none: got layers that"),
     ],

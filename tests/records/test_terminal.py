@@ -141,6 +141,15 @@ def test_last_words(error: BaseException, status: int, said: str, capsys: pytest
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_long_error_is_one_line_in_a_file_and_wraps_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal, lines in ((False, 1), (True, 3)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        tell("error: " + "a word " * 30)
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_a_defect_of_ours_is_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     @command
     def main() -> int:
