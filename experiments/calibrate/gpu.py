@@ -111,6 +111,7 @@ def model_of(text: str) -> tuple[str, str]:
         if _plain(known) == _plain(text):
             return str(path), text
     near = [known for known in shipped if _plain(known)[:4] == _plain(text)[:4]] or list(shipped)
+    near = [known for known in near if (json.loads(shipped[known].read_text()).get("architectures") or [""])[0] in PLAIN]
     allowed = f"{', '.join([*ids, *near][:12])} and others; a folder with its config.json does for any model"
     raise SpecError(f"MODEL: got {text!r}; allowed: {allowed}, and so does an id after: hf download {text if is_id else 'ID'}")
 

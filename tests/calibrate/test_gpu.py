@@ -49,6 +49,15 @@ def test_a_model_is_ours_an_id_a_folder_or_a_config(tmp_path: Path, monkeypatch:
         model_of(str(tmp_path))
 
 
+def test_what_is_allowed_is_not_refused_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in (("some--Plain", "LlamaForCausalLM"), ("some--Mamba", "MambaForCausalLM")):
+        (tmp_path / f"{name}_config.json").write_text(json.dumps({"architectures": [kind]}))
+    monkeypatch.setattr(gpu, "_configs", lambda: sorted(tmp_path.iterdir()))
+    with pytest.raises(SpecError, match="some/Plain") as raised:
+        model_of("")
+    assert "Mamba" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
 )
