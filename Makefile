@@ -63,10 +63,12 @@ $(error make: run it in the folder of its Makefile, as by make -C FOLDER)
 endif
 KNOWN := $(shell sed -n 's/^\([A-Z0-9_]*\) ?=.*/\1/p' Makefile)
 KNOWN += $(filter-out $(KNOWN),$(QUESTION))
-LETTERS := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
-NEAR = $(or $(strip $(foreach l,$(LETTERS),$(and $(filter $l%,$1),$(filter $l%,$(KNOWN))))),$(KNOWN))
+QUOTED = '$(subst ','\'',$1)'
+# At most three whose first three letters are the same, else whose first letter is.
+NEAR = $(wordlist 1,3,$(shell printf '%s\n' $(KNOWN) | name=$(call QUOTED,$1) awk '{ n = ENVIRON["name"] } \
+	index($$0, substr(n, 1, 3)) == 1 { three = three " " $$0 } index($$0, substr(n, 1, 1)) == 1 { one = one " " $$0 } END { print three ? three : one }'))
 UNKNOWN := $(filter-out $(KNOWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)))
-$(foreach v,$(UNKNOWN),$(error $v: no variable of this Makefile; near it: $(call NEAR,$v); what programs read goes before make))
+$(foreach v,$(UNKNOWN),$(error $v: no variable of this Makefile; near it: $(or $(call NEAR,$v),none); make help-all lists all. For a program that make starts write it in front: $v=... make ...))
 define NEWLINE
 
 
@@ -86,7 +88,6 @@ $(call ONE_OF,TARGET,cuda cpu,$(TARGET))
 $(call ONE_OF,DOCKER,docker podman,$(notdir $(subst $(SPACE),_,$(DOCKER))))
 SECRET := RAY_AUTH_TOKEN
 $(if $(call IS_ON,QUIET)$(MAKE_RESTARTS),,$(foreach v,$(SILENT),$(warning $v: taken from the environment$(if $(filter-out $(SECRET),$v),: $($v)))))
-QUOTED = '$(subst ','\'',$1)'
 
 HAS_GPU := $(filter-out 0,$(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true))
 HAS_DOCKER := $(shell command -v $(call QUOTED,$(DOCKER)) 2>/dev/null)
@@ -244,7 +245,8 @@ setup: $(SETUP) ## virtual environment with everything pinned; a second call doe
 # -- running -------------------------------------------------------------------------------------------------------
 doctor: $(VENV)/core.stamp ## each testbed: can this machine run it, and if not, what is missing {TESTBED OUT}
 	@$(PY) $(RUN) doctor
-	@docker/preflight.sh run && echo "image      ready: $(IMAGE)" || true
+	@if said=$$(docker/preflight.sh run 2>&1); then echo "image      ready: $(IMAGE)"; \
+	else echo "image      not ready, which IN=docker alone needs: $${said//preflight: /}" >&2; fi
 
 plan: $(if $(RAY_ADDRESS),$(SETUP),$(VENV)/core.stamp) ## sessions, trials, schedule, minutes and disk of FIGURE; starts nothing {FIGURE TESTBED REPLICATES TRACE OUT RAY_ADDRESS RAY_AUTH_TOKEN}
 	@$(if $(RAY_ADDRESS),$(ENGINE_PY),$(PY)) $(RUN) $(PLANNED) --plan -- "$$FIGURE"

@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.cluster.placement import Node, makespan
-from experiments.cluster.plan import Plan, local_node
+from experiments.cluster.plan import Plan, in_minutes, local_node
 from experiments.engine.engine_process import engines
 from experiments.engine.session import TrialResult, run_session
 from experiments.machine import doctor
@@ -30,14 +30,15 @@ from experiments.spec.traces import Trace
 
 
 class Ticker(Progress):
-    """Stores the results of a run as they come; a bar with the remaining time on a terminal, a line per trial elsewhere."""
+    """Stores the results of a run as they come; a bar with the remaining time on a terminal, elsewhere a line per trial, of a
+    simulation per session."""
 
     def __init__(self, plan: Plan, trials: int, planned_s: float) -> None:
         what, count = TextColumn("{task.description}"), MofNCompleteColumn()
         columns = (what, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
         super().__init__(*columns, console=console, disable=console.quiet or not console.is_terminal)
         self.number = self.add_task(plan.figure.figure, total=trials)
-        self.plan, self.trials, self.planned_s = plan, trials, planned_s
+        self.plan, self.trials, self.planned_s, self.told = plan, trials, planned_s, set[str]()
 
     def stop(self) -> None:
         """Leave the bar as it is; without one not even an empty line."""
@@ -54,10 +55,11 @@ class Ticker(Progress):
         self.plan.run.write_trial(found.session, found.trial, found.facts, found.record)
         what, task = f"{found.session} {found.trial}", self.tasks[self.number]
         self.update(self.number, advance=1, description=what)
-        if self.disable:
+        if self.disable and (self.plan.testbed.platform != "simulated" or found.session not in self.told):
+            self.told.add(found.session)
             left = 1 - task.completed / self.trials
-            minutes = left * ((task.elapsed or 0.0) + left * self.planned_s) / 60
-            console.print(f"[{task.completed:.0f}/{self.trials}] {what}, about {minutes:.1f} min left")
+            seconds = left * ((task.elapsed or 0.0) + left * self.planned_s)
+            console.print(f"[{task.completed:.0f}/{self.trials}] {what}, {in_minutes(seconds)} left")
 
 
 def execute(plan: Plan, with_ray: bool = True) -> int:

@@ -140,8 +140,10 @@ def test_in_the_image_too_and_paths_are_mounted(checkout: Checkout, value: str) 
         *((f"IN={value}", f"IN: got '{value}'; allowed: docker host") for value in ("dokcer", "", "docker host")),
         *((f"TARGET={value}", f"TARGET: got '{value}'; allowed: cuda cpu") for value in ("gpu", "", "cpu; touch pwned")),
         *((f"DOCKER={value}", f"DOCKER: got '{value}'; allowed: docker podman") for value in ("", "dokcer", "docker podman")),
-        ("TTFT_P98=1", "TTFT_P98: no variable of this Makefile; near it: TESTBED TRACE TP TTFT_P99 TBT_P99"),
-        ("BATCH=8", "BATCH: no variable of this Makefile; near it: BAG BENCH BUILD_FLAGS"),
+        ("TTFT_P98=1", "TTFT_P98: no variable of this Makefile; near it: TTFT_P99 TTFT_P50 TTFT_P90; make help-all lists all"),
+        ("TESBED=cpu", "TESBED: no variable of this Makefile; near it: TESTBED; "),
+        ("BATCH=8", "BATCH: no variable of this Makefile; near it: BAG BENCH BUILD_FLAGS; "),
+        ("zz=8", "zz: no variable of this Makefile; near it: none; "),
         ("a'b=$(shell touch pwned)", "a'b: no variable of this Makefile"),
     ],
 )

@@ -33,12 +33,19 @@ def files(folder: Path) -> set[str]:
 def test_a_run_is_sealed_and_the_same_command_then_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["fig9a", *SIM, "--replicates", "1", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    assert "sealed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "sealed" in printed
+    told = [line for line in printed.splitlines() if line.startswith("[")]
+    assert len(told) == 2  # a session is a model and a seed
+    assert all(line.endswith(", under a minute left") for line in told)
+    assert "estimate  under a minute (to simulate), " in printed
     bag = next(tmp_path.glob("fig9a-a100-sim/bag-*"))
     bagit.Bag(str(bag)).validate()
     before = files(tmp_path)
     assert main(arguments) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed
+    assert "estimate" not in printed
     assert files(tmp_path) == before
     facts, _ = read_trial(next(bag.glob("data/trials/*/pass-0")))
     assert facts["engine"]["simulated"] is True
@@ -185,8 +192,8 @@ def test_a_plan_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ),
         (["missing.yaml"], "error: FIGURE: missing.yaml: no such file"),
         (["fig9a", "--testbed", "missing.yaml"], "error: TESTBED: missing.yaml: no such file"),
-        (["fig9a", "--testbed", "cpu", "--replicates", "0"], "replicates: got 0; allowed: 1 to 20"),
-        (["fig9b", "--testbed", "a100-sim", "--trace", "none.csv"], "none.csv: cannot be read"),
+        (["fig9a", "--testbed", "cpu", "--replicates", "0"], "error: REPLICATES: got 0; allowed: 1 to 20"),
+        (["fig9b", "--testbed", "a100-sim", "--trace", "none.csv"], "TRACE: none.csv: cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -209,6 +209,8 @@ def _needed(claims: Sequence[Claim], samples: Sequence[Sample], unsettled: npt.N
     left = unsettled.sum(axis=-1)
     needed = np.zeros(unsettled.shape, dtype=np.int64)
     for number, (claim, seen) in enumerate(zip(claims, samples, strict=True)):
+        if seen.systematic:
+            continue  # the error of a simulation: no replicate lessens it
         distance = np.min([np.abs(seen.mean - math.log(limit)) for limit in limits(claim) if limit], axis=0)
         for count in range(1, len(claims) + 1):
             here = unsettled[..., number] & (left == count)
@@ -236,11 +238,12 @@ def judge(claims: Sequence[Claim], samples: Sequence[Sample], first: Sequence[st
             "replicates_needed": int(found.needed[number]) or None,
         }
         verdict = str(found.verdict[number])
-        results.append({"verdict": verdict, "reason": _reason(claim, verdict, numbers), "numbers": numbers})
+        reason = _reason(claim, verdict, numbers, seen.systematic > 0)
+        results.append({"verdict": verdict, "reason": reason, "numbers": numbers})
     return results
 
 
-def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
+def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any], simulated: bool) -> str:
     against = f" to {claim.statistic.against}" if claim.statistic.against else ""
     sizes = claim.statistic.chunk_size
     name = f"ratio {sizes}{against}" if sizes else "the smallest ratio of neighbouring chunk sizes"
@@ -248,6 +251,8 @@ def _reason(claim: Claim, verdict: str, numbers: Mapping[str, Any]) -> str:
     what = f"{name} is {numbers['ratio']:.3f} (95 % interval {numbers['low']:.3f} to {high}, n = {numbers['replicates']})"
     if needed := numbers["replicates_needed"]:
         advice = f"about {needed} replicates in all would settle it"
+    elif simulated and numbers["replicates"] > 1:
+        advice = "no replicate lessens the simulator's error: only a run on the real machine settles it"
     else:
         advice = "repetition alone will hardly settle it" if numbers["looks"] == 1 else "this was the last look"
     return f"{what}; {claimed(claim)}" + (f"; {advice}" if verdict == "INCONCLUSIVE" else "")

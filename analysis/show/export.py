@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: artifacts/report/FIGURE-TESTBED-SESSION-TRIAL.json")
     options = parse(parser, argv)
     if not trial_is_whole(options.trial):
-        raise SpecError(f"{options.trial}: no complete trial; allowed: a directory .../trials/SESSION/TRIAL of a run")
+        came = "none" if options.trial == Path() else options.trial
+        raise SpecError(f"TRIAL: got {came}; allowed: the folder of a complete trial, .../trials/SESSION/TRIAL")
     facts, record = read_trial(options.trial)
     name = "-".join(str(facts[key]) for key in ("figure", "testbed", "session", "trial"))
     target = options.out or ROOT / "artifacts" / "report" / f"{name}.json"

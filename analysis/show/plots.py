@@ -137,10 +137,11 @@ def _sizes(chunk_sizes: Iterable[str]) -> list[str]:
 
 
 def conditions(run: Run, count: int) -> str:
-    """Testbed, scale and what `count` replicates allow to say, in one line."""
+    """Testbed and scale; in a second line, what is shown of `count` replicates."""
     scale = f"lengths ÷ {run.plan['scale']}" if run.plan["scale"] > 1 else "the paper's lengths"
-    what = f"{count} replicates, 95 % intervals" if count > 1 else f"{count} replicate{'s'[: count != 1]}, no interval"
-    return f"{run.testbed}, {scale}; {what}"
+    several = f"geometric mean of {count} replicates, 95 % intervals"
+    what = several if count > 1 else f"{count} replicate{'s'[: count != 1]}, no interval"
+    return f"{run.testbed}, {scale}\n{what}"
 
 
 def _prefill_panel(axes: Axes, rows: pd.DataFrame, hatched: bool) -> None:

@@ -34,9 +34,10 @@ def finished(run: Run) -> pd.DataFrame:
 
 
 def load_words(qps: float, rates: Collection[float]) -> str:
-    """The paper's QPS and the rate, requests per second, that was run for it."""
+    """The paper's QPS and, where it is another, the rate that was run for it, requests per second."""
     low, high = min(rates), max(rates)
-    return f"QPS {qps:g} ({low:.2f}{f' to {high:.2f}' if high - low > 0.005 else ''} requests/s)"
+    run_at = f" ({low:.2f}{f' to {high:.2f}' if high - low > 0.005 else ''} requests/s)"
+    return f"QPS {qps:g}{run_at if max(qps - low, high - qps) > 0.005 else ''}"
 
 
 def load_of(rows: pd.DataFrame) -> str:
@@ -49,7 +50,7 @@ def serving_figure(run: Run) -> Figure:
     """Figure 9b: a row per model, a panel per QPS; in it P50 TTFT and P99 TBT by chunk size, each on its own scale from 0."""
     panels = [[rows for _, rows in of_model.groupby("qps")] for _, of_model in finished(run).groupby("model")]
     shape = max(1, len(panels)), max([len(row) for row in panels], default=1)
-    figure = plots.canvas(shape[1], (plots.PANEL_INCHES[1] + 0.1) * shape[0] + 0.5, run.title)
+    figure = plots.canvas(shape[1], (plots.PANEL_INCHES[1] + 0.2) * shape[0] + 0.5, run.title)
     grid = figure.subfigures(*shape, squeeze=False, hspace=0.04, wspace=0.03)
     for place, row in zip(grid, panels, strict=False):
         for panel, rows in zip(place, row, strict=False):
@@ -106,7 +107,7 @@ def tradeoff_figure(run: Run) -> Figure:
         _curves(axes, rows)
         plots.ground(axes, run)
         title = f"{'SIMULATED: ' if run.simulated else ''}{rows['model'].iloc[0]}"
-        axes.set_title("\n".join([title, *plots.conditions(run, int(rows["replicates"].min())).split("; ")]))
+        axes.set_title(f"{title}\n{plots.conditions(run, int(rows['replicates'].min()))}")
     return figure
 
 

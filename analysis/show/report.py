@@ -85,7 +85,8 @@ def _answer(answer: Mapping[str, Any]) -> dict[str, str]:
 
 def ordered(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a claim as they are read, others after them; verdict.json has them by the alphabet."""
-    return {key: numbers[key] for key in (*NUMBERS, *numbers) if key in numbers}
+    given = {key: number for key, number in numbers.items() if (key, number) != ("replicates_needed", None)}
+    return {key: given[key] for key in (*NUMBERS, *given) if key in given}
 
 
 def render(verdict: Mapping[str, Any], **shown: Any) -> str:

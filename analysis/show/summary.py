@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from glob import escape
@@ -29,7 +30,7 @@ from experiments.records.metrics import NAMES, time_unit
 from experiments.records.provenance import sha256
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, console, paragraph, parse, result
-from experiments.simulator.calibration import CALIBRATIONS
+from experiments.simulator.calibration import CALIBRATIONS, load_calibration
 from experiments.spec.spec import load_testbed, read_yaml
 
 WORDS = {"step": "one step, ms", **{name: f"{word}, s" for name, word in NAMES.items()}}
@@ -119,6 +120,9 @@ def against_published(run: Run) -> pd.DataFrame:
     known, used = read_yaml(REFERENCE / "end_to_end.yaml"), {str(t.facts["engine"].get("calibration")) for t in run.trials}
     at_hand = {name for name in used & known.keys() if run.plan["identity"].get(name) == sha256(CALIBRATIONS / f"{name}.yaml")}
     rows = [{"calibration": name} | value for name in sorted(at_hand) for value in known[name].get("values", ())]
+    fitted = {name for name in at_hand if any("/figure-2/decode" in source for source in load_calibration(name).sources)}
+    for row in rows:
+        row["source"] += ", fitted" * (row["source"] == "Figure 2" and row["calibration"] in fitted)
     table = pd.DataFrame(rows, columns=["calibration", "quantity", "source", "at", "predicted", "published"])
     table["published"] = table["published"].astype(float)
     table = table[table["quantity"].isin(OF_KIND[run.kind])]
@@ -134,13 +138,14 @@ def published_lines(table: pd.DataFrame) -> list[str]:
 
 
 def _said(row: Mapping[Any, Any]) -> str:
-    beside = f" ({row['source']}: {row['published']:.4g}, {row['off']:+.0%})" if row["published"] > 0 else " (not published)"
+    published = f" ({row['source']}: {row['published']:.4g}, {number(row['off'], '+.0%')})"
+    beside = published if row["published"] > 0 else " (not published)"
     return f"{row['at']} {row['predicted']:.4g}{beside}"
 
 
 def number(value: float, form: str) -> str:
     """A number as people are shown it."""
-    return "-" if pd.isna(value) else format(value, form)
+    return "-" if pd.isna(value) else re.sub(r"^[+-](0%)$", r"\1", format(value, form))
 
 
 def spread(row: Mapping[Any, Any], name: str, form: str, factor: float = 1.0, ends: Sequence[str] = ("_min", "_max")) -> str:

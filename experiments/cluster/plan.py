@@ -197,7 +197,7 @@ class Plan:
         placed = [each for each in outlook["sessions"] if each["node"]]
         hours = f", {outlook['gpu_hours']:.1f} GPU hours" if self.testbed.platform == "cuda" else ""
         where = f" on {len(outlook['nodes'])} nodes" if len(outlook["nodes"]) > 1 and placed else ""
-        cost = f"{outlook['makespan_s'] / 60:.1f} min{where}{hours} ({outlook['basis']}), {outlook['disk_mb']:.1f} MB of disk"
+        cost = f"{in_minutes(outlook['makespan_s'])}{where}{hours} ({outlook['basis']}), {outlook['disk_mb']:.1f} MB of disk"
         lines = [
             f"figure    {self.figure.figure}: {self.figure.title}",
             f"testbed   {self.testbed.testbed} ({self.reason}): {self.testbed.title}",
@@ -207,7 +207,7 @@ class Plan:
             *(f"memory    {model}: {found.told}" for model, found in self.memory.items()),
             f"trials    {outlook['trials']} in all, {outlook['trials_to_run']} to run",
             *([f"schedule  none here: {outlook['no_schedule']}"] if outlook["no_schedule"] else []),
-            f"estimate  {cost}; nothing to attend to",
+            *([f"estimate  {cost}; nothing to attend to"] if outlook["trials_to_run"] else []),
             *map(_slot_line, placed[:SLOTS_SHOWN]),
             *([f"          and {len(placed) - SLOTS_SHOWN} sessions more"] if len(placed) > SLOTS_SHOWN else []),
         ]
@@ -224,6 +224,11 @@ def drawn_from(trace: Trace, figure: ServingFigure, testbed: Testbed) -> Serving
     least = saturation_requests(figure, testbed) if testbed.serving else figure.requests
     check_requests(trace, least, f"as a trial of {figure.figure} on testbed {testbed.testbed} serves so many")
     return replace(figure, requests=min(figure.requests, len(trace.prompt)))
+
+
+def in_minutes(seconds: float) -> str:
+    """A time that is foretold."""
+    return "under a minute" if seconds < 60 else f"about {seconds / 60:.1f} min"
 
 
 def _slot_line(slot: Mapping[str, Any]) -> str:

@@ -104,7 +104,8 @@ def expand(
     """
     count = replicates if replicates is not None else figure.replicates or testbed.replicates
     if not 1 <= count <= len(figure.seeds):
-        raise SpecError(f"replicates: got {count}; allowed: 1 to {len(figure.seeds)}, the seeds of {figure.figure}")
+        name = "replicates" if replicates is None else "REPLICATES"
+        raise SpecError(f"{name}: got {count}; allowed: 1 to {len(figure.seeds)}, the seeds of {figure.figure}")
     sessions: list[Session] = []
     for number, model in enumerate(panel.model for panel in figure.panels):
         if model in testbed.models:

@@ -58,16 +58,21 @@ def read_trace(path: Path, max_total: int | None = None, kind: Kind = "file") ->
     from 1 on both sides, those of more than `max_total` tokens in all. Raises SpecError where they are more than half, and for
     what is no trace: what is wrong, where, and the way on.
     """
+    where, most = str(path) if kind == "fetched" else f"TRACE: {path}", max_total or MAX_TOKENS
     try:
         alike = None if path.exists() else re.fullmatch("([0-9]{1,8})/([0-9]{1,8})", str(path))
-        data = b"prompt_len,output_len" + f"\n{alike[1]},{alike[2]}".encode() * FIXED if alike else path.read_bytes()
+        prompt, output = map(int, alike.groups()) if alike else (1, 1)
+        if not prompt or not output or prompt + output > most:
+            came = f"got {prompt:,} prompt and {output:,} output tokens"
+            raise SpecError(f"{came}; allowed: 1 or more of each, at most {most:,} together")
+        data = b"prompt_len,output_len" + f"\n{prompt},{output}".encode() * FIXED if alike else path.read_bytes()
         return _trace(str(path) if alike else path.name, data, max_total, "fixed" if alike else kind)
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}; a file with requests is expected") from None
+        raise SpecError(f"{where}: cannot be read: {error.strerror}; a file with requests is expected") from None
     except RecursionError:
-        raise SpecError(f"{path}: nested too deeply; a file with requests is expected") from None
+        raise SpecError(f"{where}: nested too deeply; a file with requests is expected") from None
     except SpecError as error:
-        raise SpecError(f"{path}: {error}") from None
+        raise SpecError(f"{where}: {error}") from None
 
 
 def describe_trace(trace: Trace) -> str:

@@ -101,7 +101,7 @@ def test_fixed_load(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[s
         (["TTFT_P50=0.001"], "mistral-7b", "that at the lowest load looked at (0.00098 requests/s); the closest is"),
         (["TBT_P99=0.1", "QPS=99"], "mistral-7b", "at 99 requests/s: no chunk size keeps that; the closest is"),
         (["TBT_P99=0.1", "--testbed", "moon"], "mistral-7b", "no such file; there are:"),
-        (["TBT_P99=0.1", "--trace", "none.csv"], "mistral-7b", "none.csv: cannot be read"),
+        (["TBT_P99=0.1", "--trace", "none.csv"], "mistral-7b", "TRACE: none.csv: cannot be read"),
     ],
 )
 def test_one_line_for_what_is_wrong(

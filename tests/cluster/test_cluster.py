@@ -207,7 +207,7 @@ def test_a_plan_shows_the_schedule_of_the_cluster(on: Rig, tmp_path: Path, capsy
     figure, testbed = on.specs("shown", [2048, 4096], [512, "unchunked"], 15.0, 2)
     assert main([figure, "--testbed", testbed, "--out", str(tmp_path), "--plan"]) == 0
     printed = capsys.readouterr().out
-    assert f"min on {NODES} nodes, " in printed
+    assert f" on {NODES} nodes, " in printed
     assert " GPU hours (" in printed
     assert printed.count("yi-34b-200k-seed") == 4
     assert not list(tmp_path.glob("*/*"))

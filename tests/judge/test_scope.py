@@ -171,6 +171,11 @@ def simulated() -> Run:
     return synthetic_run(lambda _tokens, budget: 1.0 + 160 / budget, 0.002, testbed="a100-sim", replicates=3)
 
 
+def test_gates_of_real_machines_do_not_apply_to_a_simulation(simulated: Run) -> None:
+    details = {gate.gate: gate.detail for gate in gates.check(simulated)}
+    assert details["machine noise"] == details["first trial repeated"] == "not applicable: simulated"
+
+
 def saying(run: Run, **facts: Any) -> Run:
     """The same run whose engines say this."""
     engines = ({**trial.facts["engine"], **facts} for trial in run.trials)

@@ -66,6 +66,9 @@ def test_a_last_look_advises_no_more_replicates() -> None:
         assert entry["verdict"] == "INCONCLUSIVE"
         assert entry["numbers"]["replicates_needed"] is None
         assert entry["reason"].endswith("this was the last look")
+    for entry in claims.judge(eight, [sample([1.05, 1.15, 1.08, 1.02, 1.2], error=0.02)] * 8):  # of a simulation
+        assert (entry["verdict"], entry["numbers"]["replicates_needed"]) == ("INCONCLUSIVE", None)
+        assert entry["reason"].endswith("only a run on the real machine settles it")
 
 
 def test_every_rule_is_studied_at_its_margin_on_both_sides() -> None:

@@ -61,6 +61,11 @@ def test_what_several_testbeds_lack_is_told_once(
     assert next(line for line in said if "no NVIDIA GPU" in line).startswith("missing for a100, gpu")
     assert sum("no NVIDIA GPU" in line for line in said) == 1
     assert doctor.choose_testbed("auto", tmp_path)[1].count("no NVIDIA GPU") == 1
+    monkeypatch.setattr(doctor, "problems", lambda *_: [])
+    for there in (True, False):
+        monkeypatch.setattr(doctor, "installed", lambda _, there=there: there)
+        doctor.report(tmp_path)
+        assert ("installs its engine, 1.5 GB" in " ".join(capsys.readouterr().out.split())) != there
 
 
 @pytest.fixture

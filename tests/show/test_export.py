@@ -184,10 +184,11 @@ def test_a_bad_path_is_one_line(
     )
     (stored.parent / "half").mkdir()
     file = stored / "trial.json"
-    cases = {tmp_path / "nothing": "no complete trial", stored.parent / "half": "no complete trial", file: "no complete trial"}
+    cases = {path: f"TRIAL: got {path}; allowed: " for path in (tmp_path / "nothing", stored.parent / "half", file)}
+    cases |= {Path(): "TRIAL: got none; allowed: "}
     cases |= {prefill: "allowed: serving"}
     for path, said in cases.items():
-        assert export.main([str(path), "--out", str(tmp_path / "x.json")]) == 2
+        assert export.main(["" if path == Path() else str(path), "--out", str(tmp_path / "x.json")]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert said in error

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fakes import serving_run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, StepPatch
@@ -57,7 +58,7 @@ def test_a_panel_for_each_model_and_qps_with_the_rate_that_was_run(run: Run) -> 
     assert figure.get_suptitle() == "fig9b on testbed cpu (synthetic; scale 1:8; trace synthetic-sharegpt)"
     rates = {(row["model"], row["qps"]): row["rate"] for row in plots_serving.finished(run).to_dict("records")}
     assert list(panels(figure)) == [
-        f"{model}, QPS {qps:g} ({rate:.2f} requests/s) cpu, lengths ÷ 8; 3 replicates, 95 % intervals"
+        f"{model}, QPS {qps:g} ({rate:.2f} requests/s) cpu, lengths ÷ 8 geometric mean of 3 replicates, 95 % intervals"
         for (model, qps), rate in rates.items()
     ]
     for panel in figure.subfigs:
@@ -69,6 +70,15 @@ def test_a_panel_for_each_model_and_qps_with_the_rate_that_was_run(run: Run) -> 
         1e3 * value for _, rows in wanted.groupby(["model", "qps"]) for name in plots_serving.MEANS for value in rows[name]
     ]
     assert heights == pytest.approx(expected)
+
+
+def test_titles_of_neighbours_do_not_touch_and_a_rate_is_said_once(run: Run) -> None:
+    plan = run.plan | {"platform": "simulated", "scale": 1}
+    figure = plots_serving.serving_figure(dataclasses.replace(run, testbed="a100-2024-sim", plan=plan))
+    FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    left, right = (panel._suptitle.get_window_extent() for panel in figure.subfigs[:2])
+    assert left.x1 < right.x0
+    assert plots_serving.load_words(1.0, [1.0, 1.001]) == "QPS 1"
 
 
 def test_a_chunk_size_has_the_colour_it_has_in_9a(run: Run) -> None:

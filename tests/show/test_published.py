@@ -58,6 +58,12 @@ def test_the_table_of_9b_tells_table_4_and_what_each_qps_stands_for(
     assert (yi[yi["chunk_size"] == 512]["ttft_p50"] < 3).all()  # 79 s where the host's time was added
 
 
+def test_a_step_that_was_fitted_says_so_and_no_difference_has_no_sign(tmp_path: Path) -> None:
+    assert main(["fig9a", "--testbed", "a100-2024-sim", "--replicates", "1", "--out", str(tmp_path)]) == 0
+    told = " ".join(published_lines(against_published(loaded(tmp_path))))
+    assert "4 decodes 48.85 (Table 2: 68.12, -28%); 4 decodes 48.85 (Figure 2, fitted: 48.85, 0%)" in told
+
+
 def test_by_how_much_a_simulation_is_off_or_that_nobody_knows(serving: Path) -> None:
     run, measured = loaded(serving), serving_run(replicates=1)
     known = read_yaml(CALIBRATIONS / "a100-2024-yi-34b-tp2.yaml")["error"]

@@ -220,7 +220,7 @@ def test_older_and_newer_verdicts_are_shown_as_far_as_they_go(runs: Path, tmp_pa
     page = make(runs, tmp_path, verdict([part], [{"id": "C1", "verdict": "PASS", "reason": "", "new": {}}]))
     assert "C1" in page.text
     assert len(page.all("img")) == 1
-    assert "No claim was judged." in make(runs, tmp_path, {"format": 1}).text
+    assert "No claim was judged. To measure both figures" in make(runs, tmp_path, {"format": 1}).text
 
 
 def test_a_simulated_run_says_so(tmp_path: Path) -> None:
@@ -255,6 +255,7 @@ def test_what_does_not_apply_is_folded_and_what_would_settle_a_claim_is_a_comman
         ({"numbers": {"ratio": 1.1, "replicates_needed": 8}}, f"make fig9a TESTBED=cpu REPLICATES=8 && {more}"),
         ({"numbers": {}}, f"make fig9a TESTBED=cpu OUT=artifacts/again && {more} OUT=artifacts/again"),
         ({"numbers": {"ratio": 1.1}, "simulated": True}, f"make fig9a TESTBED=a100 && {more}"),
+        ({"numbers": {"ratio": 1.1, "replicates_needed": 9}, "simulated": True}, "No replicate lessens the simulator's error."),
         ({"verdict": "NOT-RUN", "figure": "fig9b", "run": None}, f"make fig9b && {more}"),
     ]
     for changes, command in cases:
@@ -345,10 +346,13 @@ def test_the_numbers_of_a_claim_are_in_the_order_of_reading(runs: Path, tmp_path
         "high": 1.3,
         "a_new_one": 7,
         "level": 0.025,
+        "replicates_needed": None,
     }
     assert list(report.ordered(numbers)) == ["ratio", "low", "high", "replicates", "p_pass", "p_fail", "level", "a_new_one"]
     page = make(runs, tmp_path, verdict([judged(bag_of(runs, "smoke"))], [claim(numbers=dict(sorted(numbers.items())))]))
     said = page.text[page.text.index("Numbers") :]
+    assert "replicates needed" not in said
+    assert "adjusted: by Holm" in said
     assert said.index("ratio") < said.index("high") < said.index("replicates") < said.index("p pass") < said.index("a new one")
 
 

@@ -39,7 +39,7 @@ def refused(content: str | bytes, *parts: str, max_total: int | None = None) -> 
     with pytest.raises(SpecError) as error:
         read(content, max_total)
     text = str(error.value)
-    assert text.startswith("a file.txt: ")
+    assert text.startswith("TRACE: a file.txt: ")
     assert "\n" not in text
     assert len(text) < 500
     for part in parts:

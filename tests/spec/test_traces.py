@@ -76,9 +76,11 @@ def test_requests_that_are_all_alike() -> None:
     assert (trace.name, trace.kind) == ("512/128", "fixed")
     assert (set(trace.prompt), set(trace.output), len(trace.prompt)) == ({512}, {128}, 32768)
     assert trace.sha256 != choose_trace("512/129").sha256
-    with pytest.raises(SpecError) as error:
-        choose_trace("8192/1", max_total=8192)
-    assert "32,768 (100 %) of more than 8,192 tokens" in str(error.value)
+    for asked, came in (("8192/1", "8,192 prompt and 1"), ("2000/0", "2,000 prompt and 0"), ("0/9", "0 prompt and 9")):
+        with pytest.raises(SpecError) as error:
+            choose_trace(asked, max_total=8192)
+        told = f"TRACE: {asked}: got {came} output tokens; allowed: 1 or more of each, at most 8,192 together"
+        assert str(error.value) == told
 
 
 # What else it says
