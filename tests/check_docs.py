@@ -6,19 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import all_of, copy_of, paste
+from commands import all_of, paste
 
 JUDGES = re.compile(r"\b(verify|validate|power|bench)\b")  # that a noisy machine misses something is an answer of theirs
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_of(tmp_path_factory.mktemp("docs") / "checkout")
-
-
 @pytest.mark.parametrize("command", all_of("slow"))
-def test_command_works_when_pasted(copy: Path, command: str) -> None:
-    done = paste(command, copy)
+def test_command_works_when_pasted(docs_copy: Path, command: str) -> None:
+    done = paste(command, docs_copy)
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said
     assert done.returncode == 0 or (JUDGES.search(command) and "error: " not in said), said

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import copy_of
 
 from experiments.records.provenance import ROOT
 from experiments.records.terminal import arguments, parse
@@ -26,6 +27,12 @@ def root() -> Path:
 def told() -> None:
     """Commands say what they do, whatever the test before asked of them."""
     parse(arguments("tests", None), [])
+
+
+@pytest.fixture(scope="module")
+def docs_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project again, for commands that README and docs name."""
+    return copy_of(tmp_path_factory.mktemp("docs") / "checkout")
 
 
 @pytest.fixture

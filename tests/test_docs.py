@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import BLOCK, PAGES, QUICK, SLOW, all_of, commands, copy_of, kind, listed, paste, place
+from commands import BLOCK, PAGES, QUICK, SLOW, all_of, commands, kind, listed, paste, place
 from test_makefile import GENERAL, KNOWN, READS, TARGETS
 
 from experiments.records.provenance import ROOT
@@ -46,14 +46,9 @@ def test_targets_and_variables_of_commands_are_there(page: Path) -> None:
                 assert given <= GENERAL.union(*(READS[target] for target in targets)), f"{command}: nothing reads it"
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_of(tmp_path_factory.mktemp("docs") / "checkout")
-
-
 @pytest.mark.parametrize("command", all_of("quick"))
-def test_quick_commands_work_when_pasted(copy: Path, command: str) -> None:
-    done = paste(command, copy)
+def test_quick_commands_work_when_pasted(docs_copy: Path, command: str) -> None:
+    done = paste(command, docs_copy)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
 

@@ -67,6 +67,11 @@ def settled(advice: Advice, found: Sequence[Confirmed]) -> Setting:
 Score = Callable[[Setting, int, float, float | None], float]
 
 
+def mean(values: Sequence[float]) -> float:
+    """The geometric one; 0 if any is."""
+    return math.prod(values) ** (1 / len(values))
+
+
 def ranked(case: Case, score: Score, also: Sequence[Setting] = ()) -> list[Setting]:
     """Chunk size x most requests in a step, from coarse to fine: the best first, then those nearly as good, if any is good.
 
@@ -92,7 +97,7 @@ def ranked(case: Case, score: Score, also: Sequence[Setting] = ()) -> list[Setti
     top = max(seen.values())
     near = [setting for setting, found in seen.items() if found and found >= (1 - CLOSE) * top]
     logs = {each: [seen[each], *(score(each, seed, seen[each], None) for seed in others)] for each in near}
-    means = {each: math.prod(found) ** (1 / len(found)) for each, found in logs.items()}
+    means = {each: mean(found) for each, found in logs.items()}
     least = (1 - TIE) * max(means.values(), default=0.0)
     best = min((each for each in near if means[each] >= least), key=lambda each: (each.budget, -each.max_batch), default=None)
     return sorted(near, key=lambda each: (each != best, -means[each]))
@@ -214,9 +219,6 @@ def advise_load(case: Case, search: Search, question: Question) -> Advice:
 
     def score(setting: Setting, seed: int, expected: float, bar: float | None) -> float:
         return 1 / at(setting, seed)[goal] if at(setting, seed).within(limits)[0] <= 0 else 0.0
-
-    def mean(values: Sequence[float]) -> float:
-        return math.prod(values) ** (1 / len(values))
 
     def made(setting: Setting) -> Option:
         seen = [at(setting, seed) for seed in case.seeds]

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from analysis.advise.capacity import Setting
 from analysis.advise.case import Case
 from experiments.records.errors import SpecError
-from experiments.records.metrics import NAMES, Served, served
+from experiments.records.metrics import NAMES, Served, seen_once, served
 from experiments.records.record import Phase, Request
 from experiments.records.terminal import paragraph
 from experiments.simulator.calibration import Calibration, Floats, at_speed
@@ -48,6 +48,13 @@ class Bench:
     def rate(self) -> float:
         """Requests per second."""
         return (len(self.arrivals) - 1) / max(float(self.arrivals[-1]), 1e-9)
+
+    @property
+    def phase(self) -> Phase:
+        """Its requests, for an engine; in a closed loop all but the first of each user come when another is served."""
+        arrivals = np.where(np.arange(len(self.arrivals)) < self.users, 0.0, np.inf) if self.users else self.arrivals
+        asked = zip(arrivals.tolist(), self.lengths, strict=True)
+        return Phase(self.setting.budget, tuple(Request(at, *own, seed=n) for n, (at, own) in enumerate(asked)))
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,11 @@ def _bench(where: str, node: Any, told: str) -> Bench:
         came = f"{len(good)} of {len(start)} requests answered"
         raise SpecError(f"{where}: got {came}; allowed: at least {FEWEST_REQUESTS}, and {1 - MOST_FAILED:.0%} of them")
     pick = [[every[n] for n in good] for every in (prompt, output, start, ttft, itls)]
-    gaps = np.array([gap for own in pick[4] for gap in own])
-    each = np.ones(len(gaps), dtype=[("seconds", "f8"), ("count", "i8")])
-    each["seconds"] = gaps
+    gaps = seen_once(np.array([gap for own in pick[4] for gap in own]))
     e2e = [first + sum(own) for first, own in zip(pick[3], pick[4], strict=True)]
     users = int(node.get("max_concurrency") or 0) if node.get("request_rate") in ("inf", math.inf) else 0
     arrivals = np.array(pick[2]) - pick[2][0]
-    seen = served(pick[0], pick[1], pick[3], [0.0] * len(good), e2e, each)
+    seen = served(pick[0], pick[1], pick[3], [0.0] * len(good), e2e, gaps)
     return Bench(where.rpartition("/")[2], _setting(where, node, told), arrivals, (*zip(*pick[:2], strict=True),), users, seen)
 
 
@@ -130,18 +135,9 @@ def _setting(where: str, node: Any, told: str) -> Setting:
 def again(case: Case, calibration: Calibration, bench: Bench) -> Served:
     """What the requests of a run see in simulation. Raises SpecError where the calibration does not cover them."""
     longest = max(sum(lengths) for lengths in bench.lengths)
-    settings = replace(
-        case.settings,
-        max_batch=bench.setting.max_batch,
-        max_budget=bench.setting.budget,
-        max_model_len=max(longest, case.max_total),
-    )
-    blocks = case.memory(bench.setting).blocks if calibration.gpu else None
-    waiting = np.arange(len(bench.arrivals)) >= bench.users if bench.users else np.zeros(len(bench.arrivals), dtype=bool)
-    arrivals = np.where(waiting, np.inf, np.where(bench.users, 0.0, bench.arrivals)).tolist()
-    requests = tuple(Request(at, *lengths) for at, lengths in zip(arrivals, bench.lengths, strict=True))
-    engine = SimulatedEngine(settings, calibration, case.seeds[0], blocks)
-    return engine.served(engine.requests(Phase(bench.setting.budget, requests)))
+    settings = replace(case.settings_of(bench.setting), max_model_len=max(longest, case.max_total))
+    engine = SimulatedEngine(settings, calibration, case.seeds[0])
+    return engine.served(engine.requests(bench.phase))
 
 
 def compared(seen: Served) -> Floats:
@@ -159,8 +155,8 @@ def fitted(case: Case, benches: Sequence[Bench]) -> Scales:
 
     def off(logs: Floats) -> float:
         calibration = Scales(*np.exp(logs)).applied(case.calibration)
-        errors = [compared(again(case, calibration, bench)) - own for bench, own in zip(benches, wanted, strict=True)]
-        return float(np.mean(np.square(weights * errors)) + PRIOR * np.mean(np.square(logs - np.log(START))))
+        found = [compared(again(case, calibration, bench)) - own for bench, own in zip(benches, wanted, strict=True)]
+        return float(np.mean(np.square(weights * found)) + PRIOR * np.mean(np.square(logs - np.log(START))))
 
     best, around = np.log(START), np.vstack([np.zeros(3), np.diag([0.4, 1.0, 1.0])])
     for size in (1.0, 0.5, -0.25):  # anew from where it ended, as batches make the way uneven
@@ -186,7 +182,6 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
     Its error is the worst with which all runs but one foretell that one. Raises SpecError if they are not explained.
     """
     scales, case = fitted(case, benches), replace(case, running=benches[0].setting)
-    told = {"steps": scales.steps, "between_s": scales.between_s, "front_s": scales.front_s}
     paragraph(
         f"the server, from calibration {case.calibration.calibration}: steps take {scales.steps:.3g} times as long, "
         f"{1e3 * scales.between_s:.3g} ms between them, {1e3 * scales.front_s:.3g} ms a request before the engine has it"
@@ -217,4 +212,4 @@ def on_server(case: Case, benches: Sequence[Bench]) -> tuple[Case, dict[str, Any
     error = replace(case.calibration.error, end_to_end=max(foretold), small_steps=None)
     fixed = f"scaled to {len(benches)} runs of a server, each foretold without it within {max(foretold):.0%}"
     calibration = replace(scales.applied(case.calibration), title=f"{case.calibration.title}, {fixed}", error=error)
-    return replace(case, calibration=calibration), {**told, "runs": rows, "end_to_end": max(foretold)}
+    return replace(case, calibration=calibration), {**asdict(scales), "runs": rows, "end_to_end": max(foretold)}

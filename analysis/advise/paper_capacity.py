@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +26,8 @@ from experiments.records.terminal import arguments, command, console, paragraph,
 from experiments.simulator.cost_model import CostModel
 from experiments.spec.spec import STRICT, load_figure, load_testbed, read_spec, slug
 from experiments.spec.workload import check_gaps
+
+Answer = tuple[str, Case, Advice, str]  # the target's name, and how the paper's choice compares
 
 
 @spec_dataclass(frozen=True, config=STRICT)
@@ -92,6 +94,20 @@ def papers(options: argparse.Namespace, paper: PaperTargets) -> tuple[str, list[
     return testbed.title, [(case_of(testbed, model, trace), targets) for model, targets in asked.items()]
 
 
+def answered(case: Case, targets: Mapping[str, float], paper: PaperTargets) -> tuple[list[Answer], pd.DataFrame]:
+    """The advice for each target (s, by the paper's name for it), and the curves of capacity, see tell.curves."""
+    check_gaps(case.trace, case.session.scale)
+    search, found = case.search(Question()), list[Answer]()
+    for name, target in targets.items():
+        question = Question(Latency(tbt_p99=target), delay_s=paper.delay_p50)
+        chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
+        advice = advise(case, search, question, also=[chosen])
+        words = explain(case, advice, option(case, search, chosen, question.limits, advice.best.rate))
+        found.append((name, case, advice, words))
+    best = [advice.best.setting for _, _, advice, _ in found]
+    return found, curves(case, search, best, Latency(delay_p50=paper.delay_p50), [*targets.values()])
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """All models of the paper's table that the testbed has, or one on a GPU. Exit status 0, or 2 for bad input."""
@@ -109,19 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where, cases = f"{options.tp or 1} {options.gpu}", [(case, slos(case))]
     else:
         where, cases = papers(options, paper)
-    tables, found = [], list[tuple[str, Case, Advice, str]]()
-    for case, targets in cases:
-        check_gaps(case.trace, case.session.scale)
-        search = case.search(Question())
-        only_delay, best = Latency(delay_p50=paper.delay_p50), list[Setting]()
-        for name, target in targets.items():
-            question = Question(Latency(tbt_p99=target), delay_s=paper.delay_p50)
-            chosen = Setting(paper.chunk_sizes[name], case.settings.max_batch)
-            advice = advise(case, search, question, also=[chosen])
-            words = explain(case, advice, option(case, search, chosen, question.limits, advice.best.rate))
-            found.append((name, case, advice, words))
-            best.append(advice.best.setting)
-        tables.append(curves(case, search, best, only_delay, [*targets.values()]))
+    parts = [answered(case, targets, paper) for case, targets in cases]
+    found = [answer for answers, _ in parts for answer in answers]
     show_options({f"{case.model}, {name}": (case, advice) for name, case, advice, _ in found})
     paragraph("the paper's trials leave no request out; make recommend leaves the first out as warm-up, so its rates differ")
     for case, _ in cases:
@@ -136,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(case, advice, advice.question, [options.model, f"TBT_P99={advice.question.targets['tbt_p99']:g}"])
     points = [marks(case, advice) for _, case, advice, _ in found]
     named = "-".join([case.session.testbed, *([case.model] if options.gpu else [])])
-    table, path = pd.concat(tables, ignore_index=True), options.report / f"capacity-{slug(named)}"
+    table, path = pd.concat([drawn for _, drawn in parts], ignore_index=True), options.report / f"capacity-{slug(named)}"
     title = f"SIMULATED: capacity on {where}, median scheduling delay at most {paper.delay_p50:g} s; trace {case.trace.name}"
     wanted = {case.model: targets for case, targets in cases}
     drawn = save(capacity_figure(table, title, wanted, pd.DataFrame(points), case.settings.max_model_len), path)

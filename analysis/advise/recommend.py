@@ -76,6 +76,13 @@ def confirm(case: Case, advice: Advice, testbed: Testbed) -> list[Confirmed]:
     return found
 
 
+def case_there(options: argparse.Namespace, question: Question) -> tuple[None, Case, list[str]]:
+    """The same as case_here of a GPU that is not here: no testbed has it. Raises SpecError."""
+    case = case_asked(options)
+    question.check(case.trace, 1)
+    return None, case, ["no GPU here is asked"]
+
+
 def case_here(options: argparse.Namespace, question: Question, server: bool) -> tuple[Testbed, Case, list[str]]:
     """What is asked of a testbed, said: of one with an engine any model; with what keeps the answer from being measured there.
 
@@ -113,13 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     question = asked(options.question)
     benches = read_benches(options.bench, options.served)
     options.trace = options.trace or options.bench.rpartition(",")[2].strip()  # by default the requests of the last
-    if options.gpu:
-        testbed, where, case = None, f"{options.tp or 1} {options.gpu}", case_asked(options)
-        missing = ["no GPU here is asked"]
-        question.check(case.trace, 1)
-    else:
-        testbed, case, missing = case_here(options, question, bool(benches))
-        where = testbed.title
+    testbed, case, missing = case_there(options, question) if options.gpu else case_here(options, question, bool(benches))
     server = None
     if benches:
         missing = ["the server itself is not asked here"]
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answer = {"format": 2, "testbed": case.session.testbed, **known, "vllm_serve": tell.serve_arguments(case, final)}
     answer |= {"server": server} if server else {}
     answer |= {"recommended": asdict(final), "measured": [tell.finite(asdict(entry)) for entry in measured]}
+    where = testbed.title if testbed else f"{options.tp or 1} {options.gpu}"
     files = [Path(f"{path}.json"), *tell.draw(case, search, advice, where, path)]
     write_whole(files[0], to_json(answer))
     console.print(written(*files))

@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def serve_arguments(case: Case, setting: Setting) -> str:
     """What to paste into a shell: `vllm serve` with everything that the answer rests on, as our own engine is started."""
     ours = not case.settings.model.endswith(".json") and read_yaml(model_path(case.settings.model))["_source"]
     source = re.search(r"config\.json of (\S+)", str(ours))
-    settings = replace(case.settings, max_budget=setting.budget, max_batch=setting.max_batch)
+    settings = case.settings_of(setting)
     if case.running:
         chosen = serving_arguments(settings)
         words = command_line({name: chosen[name] for name in ("max_num_batched_tokens", "max_num_seqs")})

@@ -109,15 +109,20 @@ def served(prompt: Any, output: Any, ttft: Any, delay: Any, e2e: Any, gaps: npt.
     return Served({"prompt_tokens": prompt, "ttft": ttft, "tpot": tpot, "e2e": e2e, "delay": delay}, gaps)
 
 
+def seen_once(seconds: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    """Gaps as Served has them, each of one request."""
+    gaps = np.ones(len(seconds), dtype=[("seconds", "f8"), ("count", "i8")])
+    gaps["seconds"] = seconds
+    return gaps
+
+
 def served_of(record: Record) -> Served:
     """What the requests of a record saw; no request if it was cut short: who is missing would have seen the worst."""
     found, gaps = request_metrics(record), tbt(record)
     found = found.iloc[:0] if record.truncated else found
     lengths = record.requests.set_index("request").reindex(found.index)
-    each = np.ones(len(gaps), dtype=[("seconds", "f8"), ("count", "i8")])
-    each["seconds"] = gaps
     prompt, output = lengths["prompt_tokens"], lengths["generated_tokens"]
-    return served(prompt, output, found["ttft"], found["scheduling_delay"], found["latency"], each)
+    return served(prompt, output, found["ttft"], found["scheduling_delay"], found["latency"], seen_once(gaps))
 
 
 def gap_percentile(gaps: npt.NDArray[Any], share: float) -> float:

@@ -20,16 +20,16 @@ from bench import cpu_settings, serve
 
 from analysis.advise.case import Case
 from analysis.advise.on_server import Bench, again, as_is, fitted, runs_in
+from analysis.advise.recommend import session_of
 from experiments.calibrate.here import calibrate, settings_of
 from experiments.engine.engine_process import engines
 from experiments.records.metrics import NAMES, Served, saturation_throughput, served_of
-from experiments.records.record import Phase, Record, Request
+from experiments.records.record import Phase, Request
 from experiments.records.store import write_whole
 from experiments.records.terminal import arguments, command, paragraph, parse, result
-from experiments.simulator.calibration import load_calibration
+from experiments.simulator.calibration import Calibration, load_calibration
 from experiments.simulator.simulator import SimulatedEngine
-from experiments.spec.expand import expand
-from experiments.spec.spec import load_figure, load_testbed
+from experiments.spec.spec import load_testbed
 from experiments.spec.workload import synthetic_trace
 
 LOAD, FITTED = 0.6, (0.4, 0.8)  # of saturation: where they are compared; what the scales are fitted to
@@ -47,7 +47,7 @@ def case_here(folder: Path) -> Case:
     settings, decoding = settings_of(load_testbed("cpu"))["mistral-7b-w8"]
     settings = dataclasses.replace(settings, threads=1)
     calibration = load_calibration(str(calibrate(settings, decoding, "check-server", folder)))
-    session = next(s for s in expand(load_figure("fig9b"), load_testbed("cpu"), 1) if s.engine.model == settings.model)
+    session = session_of(load_testbed("cpu"), "mistral-7b")
     session = dataclasses.replace(session, engine=dataclasses.replace(session.engine, threads=1))
     return as_is(Case(session, calibration, synthetic_trace(), 1024, 8192, (42,)))
 
@@ -59,14 +59,6 @@ def saturation(case: Case) -> float:
     engine = SimulatedEngine(bench_serve.serving_settings(case.settings), case.calibration, 1)
     phase = Phase(bench_serve.CHUNK_SIZE, tuple(Request(0.0, *own) for own in zip(*lengths, strict=True)))
     return saturation_throughput(engine.run([phase], 1e9))
-
-
-def phase_of(bench: Bench) -> Phase:
-    """The requests of a run of the client, for our own loop."""
-    waiting = np.arange(len(bench.arrivals)) >= bench.users if bench.users else np.zeros(len(bench.arrivals), dtype=bool)
-    arrivals = np.where(waiting, np.inf, np.where(bench.users, 0.0, bench.arrivals)).tolist()
-    requests = (Request(at, *own, seed=n) for n, (at, own) in enumerate(zip(arrivals, bench.lengths, strict=True)))
-    return Phase(bench.setting.budget, tuple(requests))
 
 
 def pooled(parts: Sequence[Served]) -> Served:
@@ -97,22 +89,21 @@ def judged(what: str, theirs: dict[str, float], ours: dict[str, float], limit: f
     return found
 
 
-def measure(case: Case, folder: Path) -> dict[str, list[Served]]:
-    """Serve every load, in turn with our own loop; results of the client as files in the folder, what our loop saw returned."""
+def measure(case: Case, folder: Path) -> tuple[dict[str, Bench], dict[str, list[Served]]]:
+    """Serve every load, in turn with our own loop: the client's runs by name, results in the folder; what our loop saw."""
     settings, top = bench_serve.serving_settings(cpu_settings()), saturation(case)
-    ours: dict[str, list[Served]] = {"open": [], "closed": []}
+    runs, ours = dict[str, Bench](), {"open": list[Served](), "closed": list[Served]()}
 
-    def keep(name: str, found: dict[str, Any]) -> Bench:
-        path = folder / f"{name}.json"
-        write_whole(path, json.dumps(found))
-        return read_runs([path], settings.max_budget)[0]
+    def keep(name: str, found: dict[str, Any], budget: int = settings.max_budget) -> Bench:
+        write_whole(path := folder / f"{name}.json", json.dumps(found))
+        (runs[name],) = runs_in(path, f"{budget}/{bench_serve.BATCH}")
+        return runs[name]
 
     with engines([settings]) as (run,), bench_serve.serving(settings) as bench:
 
         def replay(one: Bench) -> Served:
             run(serve, bench_serve.phase([0.0] * bench_serve.WARM_UP))
-            record: Record = run(serve, phase_of(one))
-            return served_of(record)
+            return served_of(run(serve, one.phase))
 
         for seed, share in enumerate(FITTED):
             keep(f"fitted-{share:g}", bench(REQUESTS, share * top, seed, **LENGTHS))
@@ -120,33 +111,31 @@ def measure(case: Case, folder: Path) -> dict[str, list[Served]]:
             ours["open"].append(replay(keep(f"open-{number}", bench(EACH, LOAD * top, 10 + number, **LENGTHS))))
             ours["closed"].append(replay(keep(f"closed-{number}", bench(EACH, None, 20 + number, users=USERS, **LENGTHS))))
     with bench_serve.serving(dataclasses.replace(settings, max_budget=OTHER)) as bench:
-        keep("other", bench(REQUESTS, LOAD * top, 30, **LENGTHS))
-    return ours
+        keep("other", bench(REQUESTS, LOAD * top, 30, **LENGTHS), OTHER)
+    return runs, ours
 
 
-def read_runs(paths: Sequence[Path], budget: int) -> list[Bench]:
-    """The client's runs, one a file."""
-    return [run for path in paths for run in runs_in(path, f"{budget}/{bench_serve.BATCH}")]
-
-
-def compare(case: Case, folder: Path, ours: dict[str, list[Served]]) -> list[tuple[str, bool]]:
+def compare(case: Case, runs: dict[str, Bench], ours: dict[str, list[Served]]) -> list[tuple[str, bool]]:
     """Every comparison in a line, and whether it is within its target."""
-    found, budget = list[tuple[str, bool]](), bench_serve.CHUNK_SIZE
-    runs = {kind: read_runs([folder / f"{kind}-{n}.json" for n in range(ROUNDS)], budget) for kind in ours}
-    simulated = {kind: pooled([again(case, case.calibration, one) for one in own]) for kind, own in runs.items()}
-    requests = simulated["open"].requests
+    found, known = list[tuple[str, bool]](), case.calibration
+    loops = {kind: [runs[f"{kind}-{number}"] for number in range(ROUNDS)] for kind in ours}
+
+    def simulated(benches: Sequence[Bench], calibration: Calibration) -> Served:
+        return pooled([again(case, calibration, one) for one in benches])
+
+    requests = simulated(loops["open"], known).requests
     targets = float(np.quantile(requests["ttft"], 0.8)), float(np.quantile(requests["tpot"], 0.9))
-    for kind, benches in runs.items():
+    for kind, benches in loops.items():
         theirs = values(pooled([one.seen for one in benches]), targets, benches[0].users)
-        for what, seen, limit in (("measured", pooled(ours[kind]), MEASURED), ("simulated", simulated[kind], SIMULATED)):
+        for what, seen, limit in (
+            ("measured", pooled(ours[kind]), MEASURED),
+            ("simulated", simulated(benches, known), SIMULATED),
+        ):
             found += judged(f"{kind} loop, {what}", theirs, values(seen, targets, benches[0].users), limit)
-    scales = fitted(case, read_runs([folder / f"fitted-{share:g}.json" for share in FITTED], budget))
+    scales = fitted(case, [runs[f"fitted-{share:g}"] for share in FITTED])
     paragraph(f"the server, from our loop's calibration: {scales}")
-    for what, benches in (("third load", runs["open"]), (f"chunk size {OTHER}", read_runs([folder / "other.json"], OTHER))):
-        sides = (
-            pooled([one.seen for one in benches]),
-            pooled([again(case, scales.applied(case.calibration), one) for one in benches]),
-        )
+    for what, benches in (("third load", loops["open"]), (f"chunk size {OTHER}", [runs["other"]])):
+        sides = pooled([one.seen for one in benches]), simulated(benches, scales.applied(known))
         theirs, foretold = ({words: side.percentile(name) for name, words in NAMES.items()} for side in sides)
         found += judged(f"{what}, foretold from two others", theirs, foretold, FORETOLD)
     return found
@@ -159,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.report / "check-server"
     folder.mkdir(parents=True, exist_ok=True)
     case = case_here(folder)
-    lines = compare(case, folder, measure(case, folder))
+    lines = compare(case, *measure(case, folder))
     for words, met in lines:
         paragraph(f"{'met   ' if met else 'MISSED'}  {words}")
     result(met=all(met for _, met in lines), lines=[words for words, _ in lines])
